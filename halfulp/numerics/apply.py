@@ -1,0 +1,131 @@
+"""A quantizer at work on a tensor: transform, scale, round, unscale."""
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from halfulp.errors import FormatError
+from halfulp.numerics import kernel
+from halfulp.numerics.hadamard import hadamard
+from halfulp.numerics.quantizer import Quantizer
+from halfulp.numerics.random import Key
+from halfulp.numerics.rounding import (
+    check_out,
+    check_rounding,
+    random_words,
+    round_definition,
+    round_to,
+    use_c,
+)
+from halfulp.numerics.scaling import amax_bits, scale_of
+
+
+def apply_quantizer(
+    x: Tensor,
+    q: Quantizer,
+    *,
+    key: Key | Tensor | None = None,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`x` [..., K] in fp32, quantized and scaled back: the values that the GEMM sees.
+
+    * With `q.hadamard` the result is in the transformed domain.
+    * `key`: for stochastic rounding; a Key, or an int32 tensor [2] in traced graphs.
+    * `scale`: fp32 tensor [] for delayed scaling (see `delayed_scale`).
+    * A group (tensor, row, block, tile) that holds inf or NaN becomes NaN when its scale is current.
+    * 2-D tiles run over the flattened leading dimensions; the last tile of a row may be partial.
+
+    Raises FormatError for a dtype other than fp32, a missing key or scale, or a K that the
+    transform does not divide.
+    """
+    if x.dtype is not torch.float32:
+        raise FormatError(f"quantizers work on fp32 tensors; found {x.dtype}. Convert it first.")
+    check_rounding(q.rounding, key)
+    if (q.scale == "delayed") != (scale is not None):
+        raise FormatError(f"{q}: scale= belongs to delayed scaling, and only to it.")
+    if q.hadamard:
+        x = hadamard(x, q.hadamard)
+    x = x.contiguous()
+    y = torch.empty_like(x) if out is None else check_out(out, x)
+    if x.numel() == 0:
+        return y
+    if use_c(x, y) and not isinstance(key, Tensor):
+        return _apply_c(x, y, q, key, scale)
+    return y.copy_(_apply_torch(x, q, key, scale)) if out is not None else _apply_torch(x, q, key, scale)
+
+
+def _apply_c(x: Tensor, y: Tensor, q: Quantizer, key: Key | None, scale: Tensor | None) -> Tensor:
+    if q.scale == "none":
+        return round_to(x, q.format, rounding=q.rounding, key=key, saturate=q.saturate, out=y)
+    status = kernel.status()
+    assert status.library is not None
+    k0, k1 = (key.k0, key.k1) if key else (0, 0)
+    pointers = status.parallel, x.data_ptr(), y.data_ptr()
+    if q.scale in ("delayed", "static"):
+        s = static_scale(q.static_scale) if scale is None else scale
+        plan = kernel.plan(q.format, q.rounding, True, "given")
+        status.library.halfulp_round(*pointers, x.numel(), plan, k0, k1, 0, s.data_ptr())
+        return y
+    rule = "p2" if q.power_of_two else q.scale
+    plan = kernel.plan(q.format, q.rounding, True, rule, q.margin, q.tile)
+    if q.granularity == "tensor":
+        status.library.halfulp_tensor(*pointers, x.numel(), plan, k0, k1, 0)
+    else:
+        columns = x.shape[-1]
+        rows = x.numel() // columns
+        status.library.halfulp_tiles(*pointers, rows, columns, plan, k0, k1, 0)
+    return y
+
+
+@cache
+def static_scale(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def _apply_torch(x: Tensor, q: Quantizer, key: Key | Tensor | None, scale: Tensor | None) -> Tensor:
+    random = None
+    if q.stochastic:
+        assert key is not None
+        random = random_words(x, key if isinstance(key, Tensor) else key.tensor(x.device))
+    if q.scale == "none":
+        return round_definition(x, q.format, q.rounding, q.saturate, random)
+    s, inverse = scales(x, q, scale)
+    return round_definition(x * s, q.format, q.rounding, True, random) * inverse
+
+
+def scales(x: Tensor, q: Quantizer, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(s, 1/s) for `x` [..., K], broadcastable to it; `scale` as in `apply_quantizer`."""
+    if q.scale in ("delayed", "static"):
+        s = torch.full((), q.static_scale, device=x.device) if scale is None else scale
+        return s, 1.0 / s
+    if q.granularity == "tensor":
+        return scale_of(amax_bits(x), q)
+    rows, columns = q.tile
+    if (rows, columns) == (1, 0):
+        return scale_of(amax_bits(x, -1), q)
+    return _tile_scales(x, q)
+
+
+def _tile_scales(x: Tensor, q: Quantizer) -> tuple[Tensor, Tensor]:
+    matrix = x.reshape(-1, x.shape[-1])
+    (height, width), (rows, columns) = q.tile, matrix.shape
+    padded = pad(matrix, (0, -columns % width, 0, -rows % height))
+    tiles = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+    tensor_amax = amax_bits(x) if q.scale == "nvfp4" else None
+    pair = scale_of(amax_bits(tiles, (1, 3)), q, tensor_amax)
+    s, inverse = (t.expand_as(tiles).flatten(2).flatten(0, 1) for t in pair)
+    return s[:rows, :columns].view(x.shape), inverse[:rows, :columns].view(x.shape)
+
+
+def delayed_scale(amaxes: Tensor, q: Quantizer) -> Tensor:
+    """The scale (fp32 []) that a history of amaxes (fp32 [H]; 0 = not seen yet) gives.
+
+    An empty history gives 1: the first step is unscaled, as in Transformer Engine. Non-finite
+    entries are ignored: the scale before them stays in force.
+    """
+    seen = torch.where(amaxes < math.inf, amaxes, 0.0).amax()
+    return scale_of(seen.view(torch.int32), q)[0]

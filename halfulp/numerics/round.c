@@ -1,0 +1,187 @@
+/* Rounding of whole tensors: per element, per tensor, per row, block and 2-D tile. */
+
+#include "round.h"
+
+INLINE void span(const float *x, float *y, uint32_t n, const Quantizer q, int rounding, int kind,
+                 int scaled, float s, float inverse, uint32_t k0, uint32_t k1, uint32_t index) {
+    for (uint32_t i = 0; i < n; i++) {
+        float v = scaled ? x[i] * s : x[i];
+        uint32_t random = rounding == STOCHASTIC ? word(index + i, k0, k1) : 0;
+        float r = rounded(v, q, rounding, kind, random);
+        y[i] = scaled ? r * inverse : r;
+    }
+}
+
+/* One instantiation per rounding, so that the loop has no branch. */
+INLINE void spans(const float *x, float *y, uint32_t n, const Quantizer q, int kind, int scaled,
+                  float s, float inverse, uint32_t k0, uint32_t k1, uint32_t index) {
+    if (q.rounding == NEAREST) span(x, y, n, q, NEAREST, kind, scaled, s, inverse, k0, k1, index);
+    else if (q.rounding == STOCHASTIC) span(x, y, n, q, STOCHASTIC, kind, scaled, s, inverse, k0, k1, index);
+    else span(x, y, n, q, TRUNCATE, kind, scaled, s, inverse, k0, k1, index);
+}
+
+INLINE uint32_t largest_bits(const float *x, int64_t n) {
+    uint32_t m = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t a = bits_of(x[i]) & 0x7fffffffu;
+        m = a > m ? a : m;
+    }
+    return m;
+}
+
+/* Scales. Each gives s (x is multiplied by it) and its inverse from the bits of the group's max |x|;
+ * a group that holds inf or NaN gets NaN, a group of zeros 1. */
+
+/* The least e with amax <= largest * 2^e, or OCP's floor(log2 amax) - floor(log2 largest). */
+INLINE int32_t e8m0_exponent(uint32_t amax, uint32_t top, int round_up) {
+    int32_t e = (int32_t)(amax >> 23) - (int32_t)(top >> 23);
+    e += round_up && (amax & 0x7fffffu) > (top & 0x7fffffu);
+    return e < -127 ? -127 : e;
+}
+
+INLINE float power(int32_t e) { /* 2^e for -149 <= e <= 127 */
+    uint32_t normal = (uint32_t)(e + 127) << 23, subnormal = 1u << ((e + 149) & 31);
+    return float_of(e >= -126 ? normal : subnormal);
+}
+
+#define MOST 0x1.fffffep127f
+
+INLINE void scale_of(uint32_t amax, const Quantizer q, int scale, float global, float decode,
+                     float *s, float *inverse) {
+    float a = float_of(amax), up = 1.0f, down = 1.0f;
+    if (scale == NVFP4) {
+        const Quantizer e4m3 = {3, -6, SATURATE, NEAREST, 448.0f, 448.0f, 448.0f, 1, 0, 0, 0, 0};
+        down = narrow(a * (global * (1.0f / 6.0f)), e4m3, NEAREST, 1, 0) * decode;
+        up = 1.0f / down;
+        up = up < MOST ? up : MOST;
+    } else if (scale == CURRENT) {
+        up = q.largest / a * power(-q.margin);
+        up = up < MOST ? up : MOST;
+        down = 1.0f / up;
+    } else {
+        int32_t e = e8m0_exponent(amax, bits_of(q.largest), scale != E8M0_FLOOR);
+        if (scale == POWER_OF_TWO) e = e + q.margin < 127 ? e + q.margin : 127;
+        up = power(-e);
+        down = power(e);
+    }
+    up = amax == 0 ? 1.0f : up;
+    down = amax == 0 ? 1.0f : down;
+    *s = amax < 0x7f800000u ? up : NAN;
+    *inverse = amax < 0x7f800000u ? down : NAN;
+}
+
+INLINE void scales(const uint32_t *amax, int n, const Quantizer q, float global, float *s, float *inverse) {
+    const float decode = 1.0f / global;
+    if (q.scale == NVFP4) for (int i = 0; i < n; i++) scale_of(amax[i], q, NVFP4, global, decode, s + i, inverse + i);
+    else if (q.scale == CURRENT) for (int i = 0; i < n; i++) scale_of(amax[i], q, CURRENT, 1, 1, s + i, inverse + i);
+    else if (q.scale == E8M0_FLOOR) for (int i = 0; i < n; i++) scale_of(amax[i], q, E8M0_FLOOR, 1, 1, s + i, inverse + i);
+    else if (q.scale == E8M0_UP) for (int i = 0; i < n; i++) scale_of(amax[i], q, E8M0_UP, 1, 1, s + i, inverse + i);
+    else for (int i = 0; i < n; i++) scale_of(amax[i], q, POWER_OF_TWO, 1, 1, s + i, inverse + i);
+}
+
+typedef struct {
+    const float *x; float *y; int64_t rows, columns; const Quantizer *q;
+    uint32_t k0, k1, index, *amax; float s, inverse, global;
+} Job;
+
+CLONES static void round_range(int64_t begin, int64_t end, const void *context) {
+    const Job job = *(const Job *)context;
+    const Quantizer q = *job.q;
+    const int64_t chunk = 1 << 24;
+    for (int64_t i = begin; i < end; i += chunk) {
+        const uint32_t n = (uint32_t)(end - i < chunk ? end - i : chunk), at = job.index + (uint32_t)i;
+        const float *x = job.x + i;
+        float *y = job.y + i;
+        if (q.scale != NONE) spans(x, y, n, q, SATURATE, 1, job.s, job.inverse, job.k0, job.k1, at);
+        else if (q.kind == WIDE) spans(x, y, n, q, WIDE, 0, 1, 1, job.k0, job.k1, at);
+        else if (q.kind == SATURATE) spans(x, y, n, q, SATURATE, 0, 1, 1, job.k0, job.k1, at);
+        else spans(x, y, n, q, OVERFLOW, 0, 1, 1, job.k0, job.k1, at);
+    }
+}
+
+CLONES static void amax_range(int64_t begin, int64_t end, const void *context) {
+    const Job *job = context;
+    uint32_t m = largest_bits(job->x + begin, end - begin);
+    uint32_t old = __atomic_load_n(job->amax, __ATOMIC_RELAXED);
+    while (m > old && !__atomic_compare_exchange_n(job->amax, &old, m, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+}
+
+/* Up to STRIP tiles of one band: all maxima, then all scales (vectorized), then the rounding. */
+#define STRIP 64
+INLINE void strip(const Job *job, const Quantizer q, int64_t row, int64_t rows, int64_t column, int tiles, uint32_t width) {
+    uint32_t amax[STRIP] = {0};
+    float s[STRIP], inverse[STRIP];
+    for (int64_t r = row; r < row + rows; r++)
+        for (int t = 0; t < tiles; t++) {
+            uint32_t m = largest_bits(job->x + r * job->columns + column + t * width, width);
+            amax[t] = m > amax[t] ? m : amax[t];
+        }
+    scales(amax, STRIP, q, job->global, s, inverse);
+    for (int64_t r = row; r < row + rows; r++)
+        for (int t = 0; t < tiles; t++) {
+            const int64_t at = r * job->columns + column + t * width;
+            spans(job->x + at, job->y + at, width, q, SATURATE, 1, s[t], inverse[t], job->k0, job->k1, job->index + (uint32_t)at);
+        }
+}
+
+/* The common tile widths get loops of constant length. */
+INLINE void strips(const Job *job, const Quantizer q, int64_t row, int64_t rows, int64_t *column, uint32_t width) {
+    for (int64_t left; (left = (job->columns - *column) / width) > 0;) {
+        const int tiles = left < STRIP ? (int)left : STRIP;
+        strip(job, q, row, rows, *column, tiles, width);
+        *column += (int64_t)tiles * width;
+    }
+}
+
+CLONES static void tile_range(int64_t begin, int64_t end, const void *context) {
+    const Job job = *(const Job *)context;
+    const Quantizer q = *job.q;
+    const int64_t height = q.tile_rows ? q.tile_rows : job.rows;
+    const uint32_t width = (uint32_t)(q.tile_columns ? q.tile_columns : job.columns);
+    for (int64_t band = begin; band < end; band++) {
+        const int64_t row = band * height, left = job.rows - row, rows = left < height ? left : height;
+        int64_t column = 0;
+        if (width == 16) strips(&job, q, row, rows, &column, 16);
+        else if (width == 32) strips(&job, q, row, rows, &column, 32);
+        else strips(&job, q, row, rows, &column, width);
+        if (column < job.columns) strip(&job, q, row, rows, column, 1, (uint32_t)(job.columns - column));
+    }
+}
+
+/* Elements; with q->scale = GIVEN, x is multiplied by *given before and divided by it after. */
+void halfulp_round(ParallelFor parallel, const float *x, float *y, int64_t n, const Quantizer *q,
+                   uint32_t k0, uint32_t k1, uint32_t index, const float *given) {
+    const float s = q->scale == GIVEN ? *given : 1.0f;
+    const Job job = {x, y, 1, n, q, k0, k1, index, 0, s, 1.0f / s, 1.0f};
+    spread(parallel, n, GRAIN, round_range, &job);
+}
+
+/* Returns the bits of max |x|. */
+uint32_t halfulp_amax(ParallelFor parallel, const float *x, int64_t n) {
+    uint32_t amax = 0;
+    const Job job = {x, 0, 1, n, 0, 0, 0, 0, &amax, 1.0f, 1.0f, 1.0f};
+    spread(parallel, n, GRAIN, amax_range, &job);
+    return amax;
+}
+
+/* One scale for the whole tensor, from its own amax. */
+void halfulp_tensor(ParallelFor parallel, const float *x, float *y, int64_t n, const Quantizer *q,
+                    uint32_t k0, uint32_t k1, uint32_t index) {
+    Job job = {x, y, 1, n, q, k0, k1, index, 0, 1.0f, 1.0f, 1.0f};
+    scale_of(halfulp_amax(parallel, x, n), *q, q->scale, 1.0f, 1.0f, &job.s, &job.inverse);
+    spread(parallel, n, GRAIN, round_range, &job);
+}
+
+/* Rows, blocks and 2-D tiles of a [rows, columns] matrix. */
+void halfulp_tiles(ParallelFor parallel, const float *x, float *y, int64_t rows, int64_t columns,
+                   const Quantizer *q, uint32_t k0, uint32_t k1, uint32_t index) {
+    Job job = {x, y, rows, columns, q, k0, k1, index, 0, 1.0f, 1.0f, 1.0f};
+    if (q->scale == NVFP4) {
+        const uint32_t amax = halfulp_amax(parallel, x, rows * columns);
+        const float global = 2688.0f / float_of(amax);
+        job.global = amax == 0 ? 1.0f : (amax >= 0x7f800000u ? NAN : (global < MOST ? global : MOST));
+    }
+    const int64_t height = q->tile_rows ? q->tile_rows : rows;
+    const int64_t bands = height ? (rows + height - 1) / height : 0;
+    spread(parallel, columns ? bands : 0, GRAIN / (columns * height + 1) + 1, tile_range, &job);
+}
