@@ -44,7 +44,7 @@ def scale_of(amax: Tensor, q: Quantizer, tensor_amax: Tensor | None = None) -> t
         up, down = _nvfp4(a, tensor_amax)
         amax = torch.where(tensor_amax >= _EXPONENT, tensor_amax, amax)
     elif q.scale in ("current", "delayed") and not q.power_of_two:
-        up = q.format.largest / a * 2.0**-q.margin
+        up = _divide(q.format.largest, a) * 2.0**-q.margin
         up = torch.where(up < _MOST, up, _MOST)
         down = 1.0 / up
     else:
@@ -57,12 +57,17 @@ def scale_of(amax: Tensor, q: Quantizer, tensor_amax: Tensor | None = None) -> t
 
 def _nvfp4(a: Tensor, tensor_amax: Tensor) -> tuple[Tensor, Tensor]:
     """The order of operations is the contract: it is Transformer Engine's, bit for bit."""
-    g = 2688.0 / tensor_amax.view(torch.float32)
+    g = _divide(2688.0, tensor_amax.view(torch.float32))
     g = torch.where(tensor_amax == 0, 1.0, torch.where(g < _MOST, g, _MOST))
     block = round_definition(a * (g * (1.0 / 6.0)), get_format("e4m3"), "nearest", True, None)
     down = block * (1.0 / g)
     up = 1.0 / down
     return torch.where(up < _MOST, up, _MOST), down
+
+
+def _divide(number: float, x: Tensor) -> Tensor:
+    """number / x, rounded once; torch computes a plain `number / x` as 1/x times number."""
+    return torch.full_like(x, number) / x
 
 
 def _e8m0_exponent(amax: Tensor, q: Quantizer) -> Tensor:
