@@ -55,7 +55,11 @@ def apply_quantizer(
         return y
     if use_c(x, y) and not isinstance(key, Tensor):
         return _apply_c(x, y, q, key, scale)
-    return y.copy_(_apply_torch(x, q, key, scale)) if out is not None else _apply_torch(x, q, key, scale)
+    return (
+        y.copy_(_apply_torch(x, q, key, scale))
+        if out is not None
+        else _apply_torch(x, q, key, scale)
+    )
 
 
 def _apply_c(x: Tensor, y: Tensor, q: Quantizer, key: Key | None, scale: Tensor | None) -> Tensor:

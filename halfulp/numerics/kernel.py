@@ -18,9 +18,16 @@ from pathlib import Path
 from halfulp.errors import KernelError
 from halfulp.numerics.format import Format
 
-_SOURCES = ("round.h", "round.c")
-_FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-          "-shared", "-fPIC")
+_SOURCES = ("round.h", "round.c", "adamw.c")
+_FLAGS = (
+    "-O3",
+    "-std=gnu11",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
 _X86_FLAGS = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
 
 
@@ -62,18 +69,17 @@ def status() -> KernelStatus:
 
 def _load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_build()))
-    pointer, i32, i64, f32 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64, ctypes.c_float
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64
     signatures = {
         "halfulp_round": (None, [pointer] * 3 + [i64, pointer, i32, i32, i32, pointer]),
         "halfulp_amax": (i32, [pointer] * 2 + [i64]),
         "halfulp_tensor": (None, [pointer] * 3 + [i64, pointer, i32, i32, i32]),
         "halfulp_tiles": (None, [pointer] * 3 + [i64, i64, pointer, i32, i32, i32]),
-        "halfulp_adamw": (None, [pointer] * 5 + [i64, pointer, pointer] + [i32] * 4 + [f32] * 0),
+        "halfulp_adamw": (None, [pointer] * 5 + [i64, pointer, pointer] + [i32] * 5),
     }
     for name, (result, arguments) in signatures.items():
-        if hasattr(library, name):
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
 
 
@@ -84,7 +90,14 @@ def _build() -> Path:
     if not compiler:
         raise KernelError("no C compiler: neither $CC nor cc, gcc or clang on the PATH")
     sources = [Path(__file__).with_name(name) for name in _SOURCES]
-    facts = (*(s.read_text() for s in sources), *_FLAGS, *_X86_FLAGS, compiler, platform.machine(), platform.libc_ver()[1])
+    facts = (
+        *(s.read_text() for s in sources),
+        *_FLAGS,
+        *_X86_FLAGS,
+        compiler,
+        platform.machine(),
+        platform.libc_ver()[1],
+    )
     digest = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     target = cache_directory() / f"round-{digest}.so"
     if target.exists():
@@ -93,7 +106,15 @@ def _build() -> Path:
     # Written aside and renamed: several ranks may build at once.
     handle, scratch = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
-    command = [*compiler.split(), *_FLAGS, *_X86_FLAGS, *map(str, sources[1:]), "-o", scratch, "-lm"]
+    command = [
+        *compiler.split(),
+        *_FLAGS,
+        *_X86_FLAGS,
+        *map(str, sources[1:]),
+        "-o",
+        scratch,
+        "-lm",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if result.returncode:
         Path(scratch).unlink(missing_ok=True)
@@ -168,3 +189,8 @@ def _thread_pool() -> ctypes.c_void_p | None:
         return ctypes.cast(library.torch_parallel_for, ctypes.c_void_p)
     except (OSError, AttributeError):
         return None
+
+
+def floats(values: tuple[float, ...]) -> ctypes.Array:
+    """A C array of fp32 numbers."""
+    return (ctypes.c_float * len(values))(*values)

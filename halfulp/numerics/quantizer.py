@@ -56,14 +56,14 @@ class Quantizer:
         return int(rows), int(columns)
 
     @property
-    def directionless(self) -> bool:
-        """True when quantizing the transpose gives the transpose: one pass serves two GEMMs.
+    def one_copy(self) -> bool:
+        """Whether one quantized copy of a tensor serves its transpose too.
 
-        Not so for stochastic rounding (the element index follows the layout) nor for rows,
-        1-D blocks and transforms.
+        Not so for rows, 1-D blocks and transforms, which follow K. With stochastic rounding both
+        uses then see the same draw, as hardware that casts once and transposes does.
         """
         rows, columns = self.tile
-        return rows == columns and not self.stochastic and not self.hadamard
+        return rows == columns and not self.hadamard
 
     def __str__(self) -> str:
         words = [str(self.format)]

@@ -69,7 +69,9 @@ def check_rounding(rounding: str, key: Key | Tensor | None) -> None:
     if rounding not in _ROUNDINGS:
         raise FormatError(f"rounding {rounding!r} is unknown. Use one of {', '.join(_ROUNDINGS)}.")
     if rounding == "stochastic" and key is None:
-        raise FormatError("stochastic rounding needs a key: pass key=Key.of(seed, name).fold(step).")
+        raise FormatError(
+            "stochastic rounding needs a key: pass key=Key.of(seed, name).fold(step)."
+        )
 
 
 def check_out(out: Tensor, x: Tensor) -> Tensor:

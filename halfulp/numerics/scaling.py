@@ -33,7 +33,9 @@ def amax_bits(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     return bits.amax() if dim is None else bits.amax(dim, keepdim=True)
 
 
-def scale_of(amax: Tensor, q: Quantizer, tensor_amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def scale_of(
+    amax: Tensor, q: Quantizer, tensor_amax: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(s, 1/s) in fp32 for groups whose max |x| has the int32 bits `amax`.
 
     `tensor_amax`: bits of the whole tensor's amax, needed by nvfp4.

@@ -1,0 +1,61 @@
+"""Attention whose two products, QK and PV, run as quantized GEMMs in Hugging Face models."""
+
+import torch
+from torch import Tensor, nn
+
+from halfulp.errors import PolicyError
+from halfulp.site import Site, quantized_matmul
+
+NAME = "halfulp"
+
+
+def register() -> None:
+    """Make `attn_implementation="halfulp"` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ · scaling + mask) v; query [B, H, T, D], key and value [B, G, S, D], G divides H.
+
+    QK and PV are quantized as the sites that halfulp.quantize left on `module` say; the softmax is
+    fp32. Raises PolicyError for attention sinks, which no recipe describes.
+    """
+    if s_aux is not None:
+        raise PolicyError(
+            f"{type(module).__name__} uses attention sinks, which halfulp does not quantize. Use a "
+            "recipe whose attn_qk and attn_pv are fp32, so that the model keeps its own attention."
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
+    scores = _product(module, "qk", query, key) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    out = _product(module, "pv", weights, value.mT)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _product(module: nn.Module, name: str, x: Tensor, w: Tensor) -> Tensor:
+    site: Site | None = getattr(module, f"halfulp_{name}", None)
+    if site is None or not site.clock.enabled:
+        return x @ w.mT
+    return quantized_matmul(x, w, None, site, module.training)

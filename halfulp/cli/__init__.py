@@ -1,0 +1,24 @@
+"""The command line: one thin file per command."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit.
+
+    Exit codes: 0 done, 2 a HalfulpError (its message goes to stderr) or a wrong option, 130 a run
+    that was interrupted and can be resumed.
+    """
+    from halfulp.cli.app import app
+    from halfulp.errors import HalfulpError
+
+    try:
+        app(arguments)
+    except HalfulpError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

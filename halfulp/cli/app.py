@@ -1,0 +1,23 @@
+"""The typer application: which commands there are."""
+
+import typer
+
+from halfulp.cli.demo import demo
+from halfulp.cli.formats import formats
+from halfulp.cli.info import info
+from halfulp.cli.recipes import recipes
+from halfulp.cli.report import report
+from halfulp.cli.train import train
+
+app = typer.Typer(
+    name="halfulp",
+    help="How low can you go? Low-precision training of language models, "
+    "with every error sized, placed and priced.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, train, report, recipes, formats, info):
+    app.command()(command)

@@ -1,0 +1,31 @@
+"""`halfulp demo`: six precisions of one small model, compared in two minutes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, a smaller model.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Directory; a new numbered one.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the demo at --out.")] = False,
+) -> None:
+    """Train one small model six times, in six precisions, and report what each one lost."""
+    from transformers.utils import logging
+
+    from halfulp.cli.progress import Progress
+    from halfulp.demo import demo as run
+    from halfulp.report import findings
+
+    logging.set_verbosity_error()
+    with Progress() as progress:
+        result = run(out, quick=quick, force=force, on_run=progress.begin, on_event=progress.event)
+    for failed in (r for r in result.runs if r.failure):
+        print(f"{failed.recipe} failed: {failed.failure}")
+    if result.report is None:
+        print(f"interrupted; the runs so far are in {result.path}")
+        raise typer.Exit(130)
+    for finding in findings([r.path for r in result.runs if (r.path / "config.toml").exists()]):
+        print(f"{finding.verdict}: {finding.sentence}")
+    print(f"report: {result.report}")

@@ -1,0 +1,26 @@
+"""`halfulp recipes`: the named recipes, and what one of them rounds."""
+
+from typing import Annotated
+
+import typer
+
+from halfulp.cli.show import print_table
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show everything that it rounds.")] = None,
+) -> None:
+    """List the named recipes, or show one: operands, storage, what stays high, what is missing."""
+    from halfulp.policy import load_recipe, recipe_names
+
+    if name is None:
+        named = [load_recipe(n) for n in recipe_names()]
+        print_table(("recipe", "what it does"), [(r.name, r.summary) for r in named])
+        return
+    from halfulp.recipe import recipe_table
+
+    recipe = load_recipe(name)
+    print(f"{recipe.name}: {recipe.summary}\nsource: {recipe.source}\n")
+    print_table(
+        ("where", "gemm", "operand", "quantizer", "accumulate", "out"), recipe_table(recipe)
+    )

@@ -1,0 +1,129 @@
+"""`halfulp train`: one training run, new or resumed."""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halfulp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from halfulp.train.config import TrainConfig
+    from halfulp.train.loop import Summary
+
+
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(help="TOML file; options below take precedence.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Preset, or a local Hugging Face directory.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help='"stdlib" or a path; may be repeated.')
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="See `halfulp recipes`.")] = None,
+    policy: Annotated[str | None, typer.Option(help="TOML file of precision rules.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, data order and rounding.")] = None,
+    out: Annotated[str | None, typer.Option(help="Run directory; a new numbered one.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other option, such as train.rows=4; may be repeated."),
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run there.")] = None,
+    from_step: Annotated[
+        int | None, typer.Option(help="With --resume: the checkpoint to go on from.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run at --out.")] = False,
+) -> None:
+    """Train a language model with the precision that a recipe or policy gives each block."""
+    named = {
+        "model": {"preset": model},
+        "data": {"source": data or None},
+        "policy": {"recipe": recipe, "file": policy},
+        "train": {"steps": steps, "lr": lr, "seed": seed},
+        "run": {"out": out},
+    }
+    overrides = _overrides(named, set_ or [])
+    if from_step is not None and resume is None:
+        raise ConfigError("--from-step belongs to --resume. Give the run directory there.")
+    if resume is None:
+        summary = _train(_new(config, overrides), resume, from_step, force)
+    else:
+        if config is not None or overrides or force:
+            raise ConfigError(
+                "--resume goes on with the run's own configuration, so no other option but "
+                "--from-step can be given. Delete the others, or start a new run."
+            )
+        from halfulp.train.loop import config_of
+
+        summary = _train(config_of(resume), resume, from_step, force)
+    _conclude(summary)
+
+
+def _new(path: Path | None, overrides: dict[str, Any]) -> "TrainConfig":
+    from halfulp.train.config import load_config
+
+    return load_config({} if path is None else path, overrides)
+
+
+def _overrides(named: Mapping[str, Mapping[str, Any]], pairs: list[str]) -> dict[str, Any]:
+    """Nested overrides from the named flags and from `section.key=value` pairs."""
+    given = {
+        section: {key: value for key, value in flags.items() if value is not None}
+        for section, flags in named.items()
+    }
+    if len(given["policy"]) == 1:  # one of recipe and file replaces whichever the TOML file has
+        given["policy"] = {"recipe": "", "file": ""} | given["policy"]
+    for pair in pairs:
+        path, equals, text = pair.partition("=")
+        section, dot, key = path.strip().partition(".")
+        if not (equals and dot and key):
+            raise ConfigError(f"--set {pair!r} is not understood. Write section.key=value.")
+        given.setdefault(section, {})[key] = _value(text.strip())
+    return {section: flags for section, flags in given.items() if flags}
+
+
+def _value(text: str) -> Any:
+    """`text` read as a TOML value, or as a string where it is none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _train(
+    config: "TrainConfig", resume: Path | None, from_step: int | None, force: bool
+) -> "Summary":
+    from transformers.utils import logging
+
+    from halfulp.cli.progress import Progress
+    from halfulp.train.loop import train as run
+    from halfulp.train.precision import name_of
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if os.environ.get("RANK", "0") != "0":
+        return run(config, resume=resume, from_step=from_step, force=force)
+    with Progress() as progress:
+        progress.begin(name_of(config.policy), config.train.steps)
+        return run(config, resume=resume, from_step=from_step, force=force, on_event=progress.event)
+
+
+def _conclude(summary: "Summary") -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"{summary.reason} after {summary.steps} steps, {summary.tokens:,} tokens, "
+            f"{summary.seconds:.1f} s in steps: held-out loss {summary.loss_nats:.4f} "
+            f"(in fp32 arithmetic {summary.loss_nats_fp32:.4f}) nats/token"
+        )
+        print(f"run: {summary.path}")
+        if summary.reason == "interrupted":
+            print(f"resume with: halfulp train --resume {summary.path}")
+    if summary.reason == "interrupted":
+        raise typer.Exit(130)

@@ -1,0 +1,214 @@
+"""Files to documents: text, JSON lines and Parquet, read piece by piece."""
+
+import codecs
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from halfulp.data.corpus import SourceFile
+from halfulp.data.stream import blocks, open_stream
+from halfulp.errors import DataError, require
+
+PIECE = 1 << 18  # characters; longer documents arrive in several pieces
+_LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
+_GAP = re.compile(r"(?<=\S)(?= \S)")
+
+
+class Piece(NamedTuple):
+    """A stretch of a document; `last` marks the document's end."""
+
+    text: str
+    last: bool
+
+
+def read_documents(file: SourceFile, text_key: str) -> Iterator[Piece]:
+    """The documents of a file in order: one per text file, JSON line or Parquet row.
+
+    Raises DataError, naming file and place, for anything that is not text.
+    """
+    if file.kind == "jsonl":
+        yield from _jsonl(file, text_key)
+    elif file.kind == "parquet":
+        yield from _parquet(file, text_key)
+    else:
+        yield from _text(file)
+
+
+def cut(text: str, begin: int = 0) -> int:
+    """Where the piece of `text` that starts at `begin` ends; more than PIECE characters follow.
+
+    Between two lines where it can, else before a space, so that byte-level BPE gives the same
+    tokens as on the whole text; a text without either is cut anywhere.
+    """
+    end = begin + PIECE
+    for pattern, skip in ((_LINE_END, 1), (_GAP, 0)):
+        for start in (max(begin, end - 4096), end - PIECE // 2):
+            places = [match.start() for match in pattern.finditer(text, start, end)]
+            if places:
+                return places[-1] + skip
+    return end
+
+
+def _pieces(text: str) -> Iterator[Piece]:
+    begin = 0
+    while len(text) - begin > PIECE:
+        end = cut(text, begin)
+        yield Piece(text[begin:end], False)
+        begin = end
+    yield Piece(text[begin:], True)
+
+
+def _text(file: SourceFile) -> Iterator[Piece]:
+    held = ""
+    with open_stream(file.path) as stream:
+        for text in _decoded(file, blocks(stream)):
+            held += text
+            while len(held) > PIECE:
+                end = cut(held)
+                yield Piece(held[:end], False)
+                held = held[end:]
+    yield Piece(held, True)
+
+
+def _decoded(file: SourceFile, stream: Iterator[bytes]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    for block in stream:
+        if (at := block.find(b"\0")) >= 0:
+            raise _not_text(file, offset + at, block[at : at + 1], block[:2] if not offset else b"")
+        text = _decode(file, decoder, block, offset)
+        yield text.removeprefix("\ufeff") if offset == 0 else text
+        offset += len(block)
+    _decode(file, decoder, b"", offset, final=True)
+
+
+def _decode(
+    file: SourceFile,
+    decoder: codecs.IncrementalDecoder,
+    block: bytes,
+    offset: int,
+    *,
+    final: bool = False,
+) -> str:
+    pending = len(decoder.getstate()[0])
+    try:
+        return decoder.decode(block, final)
+    except UnicodeDecodeError as error:
+        start = block[:2] if offset == 0 else b""
+        bad = error.object[error.start : error.start + 1]
+        raise _not_text(file, offset - pending + error.start, bad, start) from error
+
+
+def _not_text(file: SourceFile, at: int, bad: bytes, start: bytes) -> DataError:
+    cure = "Take it out of the sources, or convert it: text, JSONL, Parquet and .bin are read."
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        cure = "It begins like UTF-16: convert it with iconv -f UTF-16 -t UTF-8."
+    return DataError(
+        f"{file.path} is not UTF-8 text: byte {at} is 0x{bad.hex()}"
+        f"{' (binary file)' if bad == bytes(1) else ''}. {cure}"
+    )
+
+
+def _jsonl(file: SourceFile, key: str) -> Iterator[Piece]:
+    with open_stream(file.path) as stream:
+        for number, line in enumerate(_lines(stream), 1):
+            if line.strip():
+                yield from _pieces(_json_text(file, number, line, key))
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    number = 0
+    try:
+        for line in stream:
+            yield line
+            number += 1
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        # open_stream names the file; the line is known only here.
+        raise EOFError(f"{error} (after line {number})") from error
+
+
+def _json_text(file: SourceFile, number: int, line: bytes, key: str) -> str:
+    place = f"{file.path} line {number}"
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{place} is not UTF-8: byte {error.start} of the line is "
+            f"0x{error.object[error.start]:02x}. Convert the file to UTF-8."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{place} is not a JSON value ({error}). The file may be cut off: restore it or "
+            "delete the line."
+        ) from error
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{place} holds a {type(row).__name__}, and a JSON object with the key {key!r} is "
+            "needed. Write one object a line."
+        )
+    if key not in row:
+        raise DataError(
+            f"{place} has no key {key!r}; its keys are {_names(row)}. "
+            "Set data.text_key to the one that holds the text."
+        )
+    return _checked(row[key], place, key)
+
+
+def _parquet(file: SourceFile, key: str) -> Iterator[Piece]:
+    pyarrow = require("pyarrow", "data")
+    parquet = require("pyarrow.parquet", "data")
+    number = 0
+    try:
+        with parquet.ParquetFile(file.path) as table:
+            _check_column(file, pyarrow, table.schema_arrow, key)
+            for batch in table.iter_batches(batch_size=256, columns=[key]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield from _pieces(_checked(value, f"{file.path} row {number}", key))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{file.path} is a broken or cut-off Parquet file, after row {number}: "
+            f"{str(error).splitlines()[0]} Fetch or write it again, or take it out."
+        ) from error
+
+
+def _check_column(file: SourceFile, pyarrow: Any, schema: Any, key: str) -> None:
+    if key not in schema.names:
+        raise DataError(
+            f"{file.path} has no column {key!r}; its columns are {_names(schema.names)}. "
+            "Set data.text_key to the one that holds the text."
+        )
+    kind = schema.field(key).type
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        raise DataError(
+            f"the column {key!r} of {file.path} holds {kind}, and text is needed. "
+            f"Set data.text_key to a column of strings; the columns are {_names(schema.names)}."
+        )
+
+
+def _checked(value: object, place: str, key: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(
+            f"{key!r} at {place} is a {type(value).__name__}, and text is needed. "
+            "Set data.text_key to a key that holds text, or drop the row."
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{key!r} at {place} holds half of a surrogate pair at character {error.start}, which "
+            "is no text. Repair or drop the row."
+        ) from error
+    return value
+
+
+def _names(names: Any) -> str:
+    shown = [repr(name) for name in names]
+    more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
+    return (", ".join(shown[:20]) or "none") + more

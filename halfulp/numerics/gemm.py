@@ -1,0 +1,134 @@
+"""GEMMs on quantized operands: which arithmetic carries them, and how the sum is accumulated.
+
+Every product here is a bᵀ with both operands contracted along their last axis. The default carrier
+multiplies the dequantized values in fp32. `carrier="exact"` picks the cheapest GEMM that computes
+the same thing exactly up to the order of an fp32 sum:
+
+* int8: both operands are integers of at most 8 bits with a scale per tensor or row; int32 sums.
+* bf16: both operands have at most 8 significant bits and power-of-two (or no) scales, so that the
+  values themselves are bf16 numbers, and the result is rounded to bf16 anyway.
+* fp32 otherwise.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfulp.errors import FormatError
+from halfulp.numerics.apply import scales
+from halfulp.numerics.format import Format, get_format
+from halfulp.numerics.quantizer import Quantizer
+from halfulp.numerics.random import Key
+from halfulp.numerics.rounding import round_to
+
+# Hopper's FP8 tensor cores keep about 13 fraction bits and truncate (DeepSeek-V3, 2412.19437 §3.5).
+_ACCUMULATOR: Format = get_format("e8m13")
+_FAST_CHUNK = 32  # K of one FP8 tensor-core instruction
+_SPLIT_CHUNK = 128  # K after which Transformer Engine's split accumulator adds in fp32
+CARRIERS = ("fp32", "exact")
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """How a GEMM sums: in chunks of `chunk` along K (0: all at once, in fp32).
+
+    The sum of a chunk has 13 fraction bits; the running sum has fp32 (`promote`) or 13 too.
+    """
+
+    chunk: int = 0
+    promote: bool = True
+
+
+def parse_accumulation(text: str) -> Accumulation:
+    """fp32; fast (running sum with 13 fraction bits, K = 32 a step); split or promote(N)."""
+    if text == "fp32":
+        return Accumulation()
+    if text == "fast":
+        return Accumulation(_FAST_CHUNK, promote=False)
+    if text == "split":
+        return Accumulation(_SPLIT_CHUNK)
+    if match := re.fullmatch(r"promote\(([1-9]\d*)\)", text):
+        return Accumulation(int(match[1]))
+    raise FormatError(f"accumulate {text!r} is unknown. Use fp32, fast, split or promote(N).")
+
+
+def multiply(a: Tensor, b: Tensor, accumulation: Accumulation = Accumulation()) -> Tensor:
+    """a [..., M, K] times b [..., N, K] transposed, fp32 [..., M, N]."""
+    k = a.shape[-1]
+    if not accumulation.chunk:
+        return a @ b.mT
+    total = None
+    for start in range(0, k, accumulation.chunk):
+        part = slice(start, start + accumulation.chunk)
+        partial = a[..., part] @ b[..., part].mT
+        if accumulation.promote or total is None:
+            partial = _truncate(partial)
+        if total is None:
+            total = partial
+        else:
+            total = total + partial if accumulation.promote else _truncate(total + partial)
+    assert total is not None
+    return total
+
+
+def _truncate(x: Tensor) -> Tensor:
+    return round_to(x.contiguous(), _ACCUMULATOR, rounding="truncate")
+
+
+def choose_carrier(
+    a: Quantizer, b: Quantizer, out: Quantizer, accumulation: Accumulation, carrier: str
+) -> str:
+    """ "fp32", "bf16" or "int8": what a GEMM of these operands runs in.
+
+    Raises FormatError for a carrier that is neither fp32 nor exact.
+    """
+    if carrier not in CARRIERS:
+        raise FormatError(f"carrier {carrier!r} is unknown. Use one of {', '.join(CARRIERS)}.")
+    if carrier == "fp32" or accumulation.chunk:
+        return "fp32"
+    if all(_fits_int8(q) for q in (a, b)):
+        return "int8"
+    rounds_to_bf16 = out.format.name == "bf16" and out.rounding == "nearest"
+    return "bf16" if rounds_to_bf16 and all(_fits_bf16(q) for q in (a, b)) else "fp32"
+
+
+def _fits_int8(q: Quantizer) -> bool:
+    return (
+        q.format.is_int
+        and q.format.bits <= 8
+        and q.granularity in ("tensor", "row")
+        and not q.hadamard
+    )
+
+
+def _fits_bf16(q: Quantizer) -> bool:
+    exact_scale = q.scale in ("none", "e8m0_up", "e8m0_floor") or q.power_of_two
+    return q.format.mantissa_bits <= 7 and exact_scale
+
+
+def multiply_bf16(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ of operands that are bf16 numbers; fp32 sums, rounded to bf16, given back as fp32."""
+    return (a.bfloat16() @ b.bfloat16().mT).float()
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Integer codes [M, K] (int8) and what one step is worth: fp32 [] or [M, 1]."""
+
+    codes: Tensor
+    step: Tensor
+
+
+def encode(x: Tensor, q: Quantizer, key: Key | None, scale: Tensor | None = None) -> Codes:
+    """The int8 codes of `x` [M, K] for an integer quantizer per tensor or row."""
+    s, step = scales(x, q, scale)
+    codes = round_to(x * s, q.format, rounding=q.rounding, key=key, saturate=True)
+    return Codes(codes.to(torch.int8), step)
+
+
+def multiply_int8(a: Codes, b: Codes) -> Tensor:
+    """a bᵀ with exact int32 sums, fp32 [M, N]."""
+    product = torch._int_mm(a.codes, b.codes.mT).float()
+    return product.mul_(a.step).mul_(b.step if b.step.ndim == 0 else b.step.mT)

@@ -1,0 +1,53 @@
+"""What a quantizer did to a tensor, in numbers: saturation, underflow, amax.
+
+Definitions (per call, over all elements of the operand):
+
+* saturated: share of elements with |x| · s > L (1 + 2^-20), s the scale and L the largest finite
+  value; the margin leaves out the rounding of s itself.
+* underflow: share of the nonzero elements that became zero.
+* underflow_energy: their share of Σ x².
+* amax: max |x|.
+"""
+
+import torch
+from torch import Tensor
+
+from halfulp.numerics.apply import scales
+from halfulp.numerics.hadamard import hadamard
+from halfulp.numerics.quantizer import Quantizer
+
+NAMES = ("n", "saturated", "nonzero", "underflow", "energy", "lost_energy", "amax")
+
+
+def quantizer_statistics(x: Tensor, y: Tensor, q: Quantizer, scale: Tensor | None = None) -> Tensor:
+    """Sums behind the counters, fp64 [7] in the order of `NAMES`, without a host sync.
+
+    `x`: the operand; `y`: what `apply_quantizer` made of it; `scale`: of a delayed quantizer.
+    """
+    x = hadamard(x, q.hadamard) if q.hadamard else x
+    s = scales(x, q, scale)[0] if q.scale != "none" else 1.0
+    magnitude = x.abs()
+    beyond = (magnitude * s > q.format.largest * (1 + 2.0**-20)).sum()
+    nonzero = torch.count_nonzero(x)
+    # A dropped element differs from y by all of itself, and y is zero there.
+    dropped = torch.where(y == 0, x, 0.0)
+    energy, lost = (torch.linalg.vector_norm(t).double().square() for t in (x, dropped))
+    sums = [nonzero.new_tensor(x.numel()), beyond, nonzero, torch.count_nonzero(dropped)]
+    return torch.stack([*(t.double() for t in sums), energy, lost, magnitude.amax().double()])
+
+
+def merge(a: Tensor, b: Tensor) -> Tensor:
+    """The statistics of two calls together: sums, and the larger amax."""
+    return torch.cat([a[:-1] + b[:-1], torch.maximum(a[-1:], b[-1:])])
+
+
+def shares(sums: Tensor) -> dict[str, float]:
+    """The counters as the table of this module's docstring defines them."""
+    n, saturated, nonzero, dropped, energy, lost, amax = sums.tolist()
+    return {
+        "n": n,
+        "saturated": saturated / max(n, 1.0),
+        "underflow": dropped / max(nonzero, 1.0),
+        "underflow_energy": lost / energy if energy else 0.0,
+        "amax": amax,
+    }

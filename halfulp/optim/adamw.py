@@ -1,0 +1,243 @@
+"""AdamW with weights and moments stored in any format, and the update rounded as asked.
+
+    m ← m + (g − m)(1 − β₁)          v ← v β₂ + g² (1 − β₂)
+    w ← Q_w( w (1 − lr λ) − m / (√v / √(1 − β₂ᵗ) + ε) · lr / (1 − β₁ᵗ) ),   m ← Q_m(m),  v ← Q_v(v)
+
+(Loshchilov & Hutter 2019; the update uses the moments before they are rounded for storage.) With
+weight="bf16" and update_rounding="stochastic" this is the recipe of arXiv:2502.20566.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfulp.errors import ConfigError
+from halfulp.numerics import kernel
+from halfulp.numerics.apply import apply_quantizer
+from halfulp.numerics.quantizer import Quantizer, parse_quantizer
+from halfulp.numerics.random import Key
+from halfulp.numerics.rounding import round_to, use_c
+from halfulp.optim.counters import update_counters
+
+_FORMATS = ("weight", "moment_m", "moment_v")
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW over `params`: tensors, (name, tensor) pairs, or groups.
+
+    * `weight`: quantizer of the stored weight, e.g. "bf16"; parameters are put on its grid when the
+      optimizer is made. fp32 parameters carry the values; bf16 parameters need "bf16".
+    * `update_rounding`: nearest, stochastic or truncate. Random bits depend on (seed, parameter
+      name, step, element index in the unsharded parameter) only.
+    * `moment_m`, `moment_v`: quantizers of the stored moments.
+
+    Groups may override every keyword and carry `block`, which names them in `counters()`.
+    Raises ConfigError for values out of range and FormatError for unknown formats.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        *,
+        weight: str = "fp32",
+        update_rounding: str = "nearest",
+        moment_m: str = "fp32",
+        moment_v: str = "fp32",
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "weight": weight,
+            "update_rounding": update_rounding,
+            "moment_m": moment_m,
+            "moment_v": moment_v,
+            "block": "",
+        }
+        self.seed = seed
+        self._counting = False
+        self._rows: list[dict] = []
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            _check_group(group)
+            self._put_on_grid(group)
+
+    def count(self, on: bool) -> None:
+        """Whether the next steps record counters (such a step is slower, with the same bits)."""
+        self._counting = on
+
+    def counters(self) -> list[dict]:
+        """Counters since the last call, one row per parameter; see halfulp.optim.counters."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for name, p in _named(group):
+                if p.grad is not None:
+                    self._update(group, name, p)
+        return loss
+
+    def _update(self, group: dict, name: str, p: Tensor) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["m"], state["v"] = (torch.zeros_like(p, dtype=torch.float32) for _ in "mv")
+        state["step"] += 1
+        step = int(state["step"])
+        weight, index = _local(p), _offset(p)
+        grad, m, v = (_local(t) for t in (p.grad, state["m"], state["v"]))
+        assert grad is not None
+        key = Key.of(self.seed, f"{name}/update").fold(step)
+        scalars = _scalars(group, step)
+        q = parse_quantizer(group["weight"])
+        if not self._counting and _fused(q, weight, grad, m, v):
+            _step_c(weight, grad, m, v, q, group["update_rounding"], key, index, scalars)
+        else:
+            self._step_torch(group, name, weight, grad, m, v, key, index, scalars)
+        for moment, which in ((m, "moment_m"), (v, "moment_v")):
+            stored = parse_quantizer(group[which])
+            if not stored.is_identity:
+                moment_key = Key.of(self.seed, f"{name}/{which}").fold(step)
+                apply_quantizer(moment, stored, key=moment_key, out=moment)
+        if self._counting:
+            self._rows[-1]["v_underflow"] = ((v == 0) & (grad != 0)).sum().item() / v.numel()
+
+    def _step_torch(
+        self, group: dict, name: str, w: Tensor, grad: Tensor, m: Tensor, v: Tensor,
+        key: Key, index: int, scalars: dict[str, float],
+    ) -> None:  # fmt: skip
+        q, rounding = parse_quantizer(group["weight"]), group["update_rounding"]
+        g, old = grad.float(), w.float()
+        m.copy_(m + (g - m) * scalars["one_minus_beta1"])
+        v.copy_(v * scalars["beta2"] + (g * g) * scalars["one_minus_beta2"])
+        update = m / (v.sqrt() * scalars["correction"] + scalars["eps"]) * scalars["lr"]
+        exact = old * scalars["decay"] - update
+        new = _store(exact, q, rounding, key, index)
+        if self._counting:
+            row = {"block": group["block"], "parameter": name, "weight_format": str(q)}
+            row |= update_counters(old, exact, new, q, rounding, scalars["decay"])
+            self._rows.append(row)
+        w.copy_(new)
+
+    @torch.no_grad()
+    def _put_on_grid(self, group: dict) -> None:
+        q = parse_quantizer(group["weight"])
+        for name, p in _named(group):
+            if p.dtype is torch.bfloat16 and q.format.name != "bf16":
+                raise ConfigError(
+                    f"parameter {name} is bf16 and the optimizer stores weights as {q}. Pass "
+                    'weight="bf16", or convert the model with model.float().'
+                )
+            if p.dtype is torch.float32 and not q.is_identity:
+                local = _local(p)
+                local.copy_(_store(local.contiguous(), q, "nearest", None, 0))
+
+
+def _store(x: Tensor, q: Quantizer, rounding: str, key: Key | None, index: int) -> Tensor:
+    """`x` (fp32) as the weight's format holds it."""
+    if q.is_identity:
+        return x
+    if q.scale == "none":
+        return round_to(x, q.format, rounding=rounding, key=key, index=index, saturate=q.saturate)
+    return apply_quantizer(x, Quantizer(**{**vars(q), "rounding": rounding}), key=key)
+
+
+def _fused(q: Quantizer, *tensors: Tensor) -> bool:
+    """Whether the one-pass C kernel serves these tensors and this weight format."""
+    simple = q.is_identity or (q.scale == "none" and q.format.exponent_bits == 8)
+    weight, grad, *moments = tensors
+    dtypes = (torch.float32, torch.bfloat16)
+    return (
+        simple
+        and use_c(*tensors)
+        and weight.dtype in dtypes
+        and grad.dtype in dtypes
+        and all(t.dtype is torch.float32 for t in moments)
+        and weight.numel() < 1 << 31
+    )
+
+
+def _step_c(
+    w: Tensor, grad: Tensor, m: Tensor, v: Tensor, q: Quantizer, rounding: str,
+    key: Key, index: int, scalars: dict[str, float],
+) -> None:  # fmt: skip
+    status = kernel.status()
+    assert status.library is not None
+    plan = None if q.is_identity else kernel.plan(q.format, rounding, q.saturate)
+    high, low = divmod(index, 1 << 32)
+    key = key.fold(high) if high else key
+    pointers = (t.data_ptr() for t in (w, grad, m, v))
+    half = (t.dtype is torch.bfloat16 for t in (w, grad))
+    numbers = kernel.floats(tuple(scalars.values()))
+    status.library.halfulp_adamw(
+        status.parallel, *pointers, w.numel(), plan, numbers, key.k0, key.k1, low, *half
+    )
+
+
+def _scalars(group: dict, step: int) -> dict[str, float]:
+    """In the order of struct Scalars of adamw.c."""
+    beta1, beta2 = group["betas"]
+    return {
+        "decay": 1 - group["lr"] * group["weight_decay"],
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+        "correction": 1 / math.sqrt(1 - beta2**step),
+        "eps": group["eps"],
+        "lr": group["lr"] / (1 - beta1**step),
+    }
+
+
+def _named(group: dict) -> list[tuple[str, Tensor]]:
+    names = group.get("param_names") or [
+        f"{group['block']}#{i}" for i in range(len(group["params"]))
+    ]
+    return list(zip(names, group["params"], strict=True))
+
+
+def _local(t: Tensor | None) -> Tensor:
+    """The shard of a DTensor that this rank holds; other tensors as they are."""
+    assert t is not None
+    return t.to_local() if hasattr(t, "to_local") else t.detach()  # pyright: ignore
+
+
+def _offset(p: Tensor) -> int:
+    """Index of the shard's first element in the whole parameter (shards split dimension 0)."""
+    if not hasattr(p, "to_local"):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)  # pyright: ignore
+    return int(offsets[0]) * (p.numel() // max(p.shape[0], 1)) if offsets else 0
+
+
+def _check_group(group: dict) -> None:
+    beta1, beta2 = group["betas"]
+    checks = {
+        "lr": group["lr"] >= 0,
+        "betas": 0 <= beta1 < 1 and 0 <= beta2 < 1,
+        "eps": group["eps"] > 0,
+        "weight_decay": group["weight_decay"] >= 0,
+        "update_rounding": group["update_rounding"] in ("nearest", "stochastic", "truncate"),
+    }
+    for name, ok in checks.items():
+        if not ok:
+            raise ConfigError(f"AdamW: {name}={group[name]!r} is out of range. Correct its value.")
+    for name in _FORMATS:
+        parse_quantizer(group[name])

@@ -1,0 +1,38 @@
+"""Parameter groups that carry each block's storage formats from a policy into the optimizer."""
+
+from torch import nn
+
+from halfulp.blocks import block_map
+from halfulp.errors import ConfigError
+from halfulp.policy import Resolution
+from halfulp.recipe import Recipe
+
+
+def param_groups(model: nn.Module, resolution: Resolution, weight_decay: float = 0.1) -> list[dict]:
+    """One group per block and decay, for `AdamW`: names, block and formats of its recipe.
+
+    Matrices and tables decay; norms, biases and other vectors do not. Every trainable parameter is
+    in exactly one group. Raises ConfigError when nothing is trainable.
+    """
+    blocks = block_map(model).parameters
+    groups: dict[tuple[str, bool], dict] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        block, decays = blocks[name], p.ndim >= 2
+        fresh = {"block": block, "params": [], "weight_decay": weight_decay if decays else 0.0}
+        group = groups.setdefault((block, decays), fresh | _formats(resolution.parameters[name]))
+        group["params"].append((name, p))
+    if not groups:
+        raise ConfigError("no parameter is trainable. Set requires_grad on what should be trained.")
+    return list(groups.values())
+
+
+def _formats(recipe: Recipe) -> dict[str, str]:
+    stored = recipe.weight if recipe.master is None else recipe.master
+    return {
+        "weight": str(stored),
+        "update_rounding": recipe.update_rounding,
+        "moment_m": str(recipe.moment_m),
+        "moment_v": str(recipe.moment_v),
+    }

@@ -1,0 +1,323 @@
+"""Apply a policy to a model in place: quantized linears, attention, tables and norms; and undo it."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from halfulp import attention
+from halfulp.blocks import block_map
+from halfulp.errors import PolicyError
+from halfulp.numerics.apply import apply_quantizer
+from halfulp.numerics.quantizer import Quantizer
+from halfulp.numerics.random import Key
+from halfulp.numerics.statistics import shares
+from halfulp.policy import Policy, Resolution, refuse_partial
+from halfulp.recipe import OPERANDS
+from halfulp.site import Clock, Site, histories, quantized_matmul
+
+
+class QuantizedLinear(nn.Module):
+    """Mixed into the class of nn.Linear or Conv1D: the three GEMMs run as `halfulp_site` says."""
+
+    halfulp_site: Site | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        site = self.halfulp_site
+        if site is None or not site.clock.enabled:
+            return super().forward(x)
+        weight, bias = self.weight, self.bias
+        if not isinstance(self, nn.Linear):  # transformers' Conv1D stores [in, out]
+            weight = weight.t()
+        rows = x.reshape(-1, x.shape[-1])
+        y = quantized_matmul(rows, weight, bias, site, self.training)
+        return y.view(*x.shape[:-1], -1)
+
+
+class QuantizedTable(nn.Module):
+    """Mixed into an embedding or norm: its weight and bias are read through `halfulp_quantizer`."""
+
+    halfulp_quantizer: Quantizer | None
+    halfulp_clock: Clock
+    halfulp_key: Key
+
+    @property
+    def weight(self) -> Tensor | None:
+        return _through(self, "weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        return _through(self, "bias")
+
+
+def _through(module: QuantizedTable, name: str) -> Tensor | None:
+    parameter, q, clock = (
+        module._parameters.get(name),
+        module.halfulp_quantizer,
+        module.halfulp_clock,
+    )
+    if parameter is None or q is None or not clock.enabled:
+        return parameter
+    key = module.halfulp_key.fold(clock.step).fold(clock.micro) if q.stochastic else None
+    return _StraightThrough.apply(parameter.float(), q, key).to(parameter.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, q: Quantizer, key: Key | None):
+        return apply_quantizer(x, q, key=key)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None, None
+
+
+@cache
+def _mixed(mixin: type, base: type) -> type:
+    return type(f"Quantized{base.__name__}", (mixin, base), {"__module__": __name__})
+
+
+class Quantized:
+    """What `quantize` did to a model, and the switches of its simulated arithmetic.
+
+    `resolution` lists every GEMM with its recipe. Outside `halfulp train`, each forward pass of the
+    model in training mode is one step of the random streams and delayed scales, unless `set_step`
+    is used: then steps end with `end_step`.
+    """
+
+    def __init__(self, model: nn.Module, seed: int, carrier: str) -> None:
+        self.model, self.seed, self.carrier = model, seed, carrier
+        self.clock = Clock()
+        self.sites: dict[str, Site] = {}
+        self.resolution: Resolution
+        self._manual = False
+        self._hook = model.register_forward_pre_hook(self._before_forward)
+
+    def switch(self, resolution: Resolution) -> None:
+        """Put `resolution` in force; histories and counters start anew, weights stay."""
+        self._clear()
+        self.resolution = resolution
+        self.sites = {
+            gemm.name: Site(gemm.name, gemm.block, spec, self.seed, self.clock, self.carrier)
+            for gemm, _, spec, _ in resolution.gemms
+            if not all(q.is_identity for name, q in vars(spec).items() if isinstance(q, Quantizer))
+            or any(getattr(spec, f"{g}_accumulate") != "fp32" for g in ("fprop", "dgrad", "wgrad"))
+        }
+        for gemm, *_ in resolution.gemms:
+            if (site := self.sites.get(gemm.name)) is not None:
+                self._attach(gemm.module, gemm.role, site)
+        for modules in (resolution.embeds, resolution.norms):
+            for name, quantizer in modules.items():
+                if not quantizer.is_identity:
+                    self._attach_table(name, quantizer)
+
+    def _attach(self, name: str, role: str, site: Site) -> None:
+        module = self.model.get_submodule(name)
+        if role in ("attn_qk", "attn_pv"):
+            _use_attention(self.model, module)
+            setattr(module, f"halfulp_{role[5:]}", site)
+            return
+        if not isinstance(module, QuantizedLinear):
+            module.__class__ = _mixed(QuantizedLinear, type(module))
+        module.halfulp_site = site
+
+    def _attach_table(self, name: str, quantizer: Quantizer) -> None:
+        module = self.model.get_submodule(name)
+        if not isinstance(module, QuantizedTable):
+            module.__class__ = _mixed(QuantizedTable, type(module))
+        module.halfulp_quantizer, module.halfulp_clock = quantizer, self.clock
+        module.halfulp_key = Key.of(self.seed, name)
+
+    def _clear(self) -> None:
+        """Every module computes as before, keeping its class (FSDP may have wrapped it)."""
+        for module in self.model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.halfulp_site = None
+            if isinstance(module, QuantizedTable):
+                module.halfulp_quantizer = None
+            for name in ("halfulp_qk", "halfulp_pv"):
+                module.__dict__.pop(name, None)
+
+    def _before_forward(self, model: nn.Module, _: object) -> None:
+        if self._manual or not (model.training and torch.is_grad_enabled()):
+            return
+        if torch.compiler.is_compiling():
+            self.clock.tensor[0] += 1
+            return
+        self.end_step()
+        self.clock.set(self.clock.step + 1, 0)
+
+    def set_step(self, step: int, micro: int = 0) -> None:
+        """Select the random bits of `step`; `micro` counts micro-batches over all ranks."""
+        self._manual = True
+        self.clock.set(step, micro)
+
+    def end_step(self) -> None:
+        """Take this step's amaxes into the delayed scales: the maximum over all ranks."""
+        pairs = [pair for pair in histories(self.sites).values() if pair[0].seen is not None]
+        if not pairs:
+            return
+        amaxes = torch.stack([history.seen for history, _ in pairs])
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(amaxes, dist.ReduceOp.MAX)
+        for (history, q), amax in zip(pairs, amaxes.cpu(), strict=True):
+            history.roll(q, amax)
+
+    def count(self, on: bool) -> None:
+        """Whether the next eager forward and backward passes record counters."""
+        self.clock.counting = on
+
+    def counters(self) -> list[dict]:
+        """Counters since the last call, one row per GEMM operand, and forget them.
+
+        Rows: block, gemm, operand ("fprop.x"), format, n (elements), saturated, underflow,
+        underflow_energy, amax and, for delayed scaling, stale (amax over the amax of the scale
+        used; above 1 the tensor outgrew it). Definitions: halfulp.numerics.statistics.
+        """
+        rows = []
+        for site in self.sites.values():
+            for operand in OPERANDS:
+                if (sums := site.sums.pop(operand, None)) is not None:
+                    rows.append(_row(site, operand, shares(sums)))
+        return rows
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the model computes in its own precision, as if it had not been quantized."""
+        before, self.clock.enabled = self.clock.enabled, False
+        try:
+            yield
+        finally:
+            self.clock.enabled = before
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The delayed-scale histories, fp32 [H] by "gemm/operand"."""
+        return {
+            name: history.amaxes.clone() for name, (history, _) in histories(self.sites).items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put histories back. Raises PolicyError when they are not those of this policy."""
+        mine = histories(self.sites)
+        if differing := sorted(mine.keys() ^ state.keys()):
+            raise PolicyError(
+                f"the saved delayed-scale histories do not fit this policy; differing: "
+                f"{', '.join(differing[:4])} ({len(differing)} in all). Resume with the policy of "
+                "the saved run."
+            )
+        for name, (history, q) in mine.items():
+            history.restore(q, state[name])
+
+
+def _row(site: Site, operand: str, values: dict[str, float]) -> dict:
+    history = site.histories.get(operand)
+    row = {
+        "block": site.block,
+        "gemm": site.name,
+        "operand": operand.replace("_", "."),
+        "format": str(site.quantizer(operand)),
+        **values,
+    }
+    if history is not None:
+        row["stale"] = (
+            values["amax"] * history.scale.item() / site.quantizer(operand).format.largest
+        )
+    return row
+
+
+def quantize(
+    model: nn.Module,
+    policy: Policy | str | Path,
+    *,
+    seed: int = 0,
+    carrier: str = "fp32",
+    hints: Mapping[str, str] | None = None,
+    allow_partial: bool = False,
+) -> Quantized:
+    """Make `model` compute as `policy` says, in place; `unquantize` undoes it.
+
+    * `policy`: a Policy, a recipe name, or the path of a policy.toml.
+    * `seed` selects the random bits of stochastic rounding.
+    * `carrier`: "fp32", or "exact" for the cheapest GEMM that computes the same (numerics.gemm).
+    * `hints`: block types of parameters that halfulp does not know (halfulp.blocks).
+    * `allow_partial`: run recipes of which the simulation leaves parts out.
+
+    Parameters, their names and the state dict do not change. Raises PolicyError when the model is
+    quantized already, when a rule matches nothing or when a GEMM is undecided.
+    """
+    if getattr(model, "halfulp", None) is not None:
+        raise PolicyError("this model is quantized already. Call halfulp.unquantize(model) first.")
+    resolution = resolve(model, policy, hints=hints, allow_partial=allow_partial)
+    handle = Quantized(model, seed, carrier)
+    handle.switch(resolution)
+    model.__dict__["halfulp"] = handle
+    return handle
+
+
+def resolve(
+    model: nn.Module,
+    policy: Policy | str | Path,
+    *,
+    hints: Mapping[str, str] | None = None,
+    allow_partial: bool = False,
+) -> Resolution:
+    """Which recipe each GEMM and parameter of `model` gets; errors as in `quantize`."""
+    if not isinstance(policy, Policy):
+        is_file = isinstance(policy, Path) or policy.endswith(".toml")
+        policy = Policy.load(Path(policy)) if is_file else Policy.from_recipe(policy)
+    resolution = policy.resolve(block_map(model, hints))
+    refuse_partial(resolution, allow_partial)
+    return resolution
+
+
+def unquantize(model: nn.Module) -> None:
+    """Undo `quantize`: classes and attention as they were; parameters keep their values.
+
+    Raises PolicyError when the model is not quantized, or was sharded after it was quantized.
+    """
+    handle: Quantized | None = model.__dict__.get("halfulp")
+    if handle is None:
+        raise PolicyError(
+            "this model is not quantized. Call halfulp.quantize(model, policy) first."
+        )
+    mixins = (QuantizedLinear, QuantizedTable)
+    modules = [m for m in model.modules() if isinstance(m, mixins)]
+    for module in modules:
+        if type(module).__bases__[0] not in mixins:
+            raise PolicyError(
+                f"{type(module).__name__} was sharded after quantize. Unquantize is not possible "
+                "then; handle.switch(resolution) changes the policy in place."
+            )
+    handle._clear()
+    handle._hook.remove()
+    for module in modules:
+        module.__class__ = type(module).__bases__[1]
+        for name in [n for n in module.__dict__ if n.startswith("halfulp_")]:
+            del module.__dict__[name]
+    if (before := model.__dict__.pop("halfulp_attention", None)) is not None:
+        model.config._attn_implementation = before
+    del model.__dict__["halfulp"]
+
+
+def _use_attention(model: nn.Module, module: nn.Module) -> None:
+    """Route the model's attention through halfulp.attention.
+
+    Raises PolicyError for models that do not go through transformers' attention interface.
+    """
+    config = getattr(model, "config", None)
+    interface = "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
+    if config is None or not interface:
+        raise PolicyError(
+            f"the policy rounds attention products, but {type(module).__name__} does not use "
+            "transformers' attention interface. Use a recipe whose attn_qk and attn_pv are fp32 "
+            '(in a policy file: extends = "…", attn_qk = "fp32", attn_pv = "fp32").'
+        )
+    if config._attn_implementation != attention.NAME:
+        attention.register()
+        model.__dict__["halfulp_attention"] = config._attn_implementation
+        config._attn_implementation = attention.NAME

@@ -1,0 +1,165 @@
+"""Heat strips: one counter, one panel per run, block by block over the steps."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from halfulp.report import words
+from halfulp.report.counters import Counter, Strip, block_order
+from halfulp.report.curves import short
+from halfulp.report.html import Markup, printable
+from halfulp.report.svg import INK, LINE, MUTED, figure, render
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH, LEFT, VALUE, GUTTER = 1080, 104, 52, 22
+ROW, TOP, BOTTOM = 15, 74, 42
+PANELS = 3  # side by side; more runs continue below
+MOST_ROWS = 40
+SMALLEST = 1e-6  # shares below are drawn like this one
+_LOW, _HIGH = (0xE6, 0x9F, 0x00), (0xC4, 0x4A, 0x00)  # orange to vermillion
+
+
+def strip_figure(counter: Counter, strips: Sequence[Strip], name: str) -> Markup:
+    """All panels of one counter with a shared color bar; each row ends with its share in words."""
+    blocks = _rows(strips)
+    lines = math.ceil(len(strips) / PANELS)
+    panel = TOP + len(blocks) * ROW + BOTTOM
+    with figure(WIDTH, lines * panel) as drawing:
+        for i, strip in enumerate(strips):
+            _panel(drawing, counter, strip, blocks, i, lines * panel)
+        _color_bar(drawing, counter, lines * panel)
+        return render(drawing, name, _describe(counter, strips))
+
+
+def hidden_blocks(strips: Sequence[Strip]) -> int:
+    """How many blocks the figure leaves out because there are too many rows."""
+    return max(0, len({block for strip in strips for block in strip.blocks}) - MOST_ROWS)
+
+
+def _rows(strips: Sequence[Strip]) -> list[str]:
+    worst: dict[str, float] = {}
+    for strip in strips:
+        for block, share in zip(strip.blocks, strip.pooled, strict=True):
+            worst[block] = max(worst.get(block, 0.0), float(share))
+    kept = sorted(worst, key=lambda b: (-worst[b], block_order(b)))[:MOST_ROWS]
+    return sorted(kept, key=block_order)
+
+
+def _describe(counter: Counter, strips: Sequence[Strip]) -> str:
+    parts = []
+    for strip in strips:
+        top = int(np.argmax(strip.pooled))
+        share = words.share(float(strip.pooled[top]))
+        parts.append(f"{strip.run.label}: worst block {strip.blocks[top]}, {share}")
+    return f"{counter.title} per block over steps. {'; '.join(parts)}."
+
+
+def _panel(
+    drawing: "Figure", counter: Counter, strip: Strip, blocks: list[str], index: int, height: int
+) -> None:
+    row, column = divmod(index, PANELS)
+    inner = (WIDTH - LEFT - PANELS * VALUE - (PANELS - 1) * GUTTER) / PANELS
+    left = LEFT + column * (inner + VALUE + GUTTER)
+    size = len(blocks) * ROW
+    top = row * (TOP + size + BOTTOM) + TOP
+    area = (left / WIDTH, 1 - (top + size) / height, inner / WIDTH, size / height)
+    axes = drawing.add_axes(area)
+    table = np.full((len(blocks), len(strip.steps)), np.nan)
+    pooled: dict[str, float] = {}
+    for block, shares, share in zip(strip.blocks, strip.shares, strip.pooled, strict=True):
+        if block in blocks:
+            table[blocks.index(block)] = shares
+            pooled[block] = float(share)
+    axes.imshow(colors(table), aspect="auto", interpolation="none", extent=_extent(strip, blocks))
+    _ticks(axes, strip, blocks, labels=column == 0)
+    for k, block in enumerate(blocks):
+        _value(axes, counter, k, pooled.get(block))
+    axes.set_title(short(strip.run.label), loc="left", fontsize=12, fontweight="bold", pad=8)
+    axes.annotate(
+        "whole run",
+        xy=(1, 1),
+        xytext=(VALUE, 9),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="right",
+        color=MUTED,
+        fontsize=11,
+        annotation_clip=False,
+    )
+
+
+def _extent(strip: Strip, blocks: list[str]) -> tuple[float, float, float, float]:
+    steps = strip.steps
+    every = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+    return float(steps[0] - every), float(steps[-1]), len(blocks) - 0.5, -0.5
+
+
+def _ticks(axes: Any, strip: Strip, blocks: list[str], *, labels: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.grid(visible=False)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_yticks(range(len(blocks)))
+    names = [short(printable(block)) for block in blocks]
+    axes.set_yticklabels(names if labels else [], fontsize=10.5)
+    axes.tick_params(axis="y", pad=5)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.set_xlabel("step", labelpad=2, fontsize=11)
+    for k in range(len(blocks) + 1):
+        layer_starts = 0 < k < len(blocks) and _layer(blocks[k]) != _layer(blocks[k - 1])
+        if layer_starts or k in (0, len(blocks)):
+            axes.axhline(k - 0.5, color=LINE, lw=1.0, clip_on=False)
+
+
+def _layer(block: str) -> str:
+    return ".".join(block.split(".")[:2])
+
+
+def _value(axes: Any, counter: Counter, row: int, share: float | None) -> None:
+    text = "–" if share is None else words.share(share)
+    bad = share is not None and share >= counter.warn
+    axes.annotate(
+        text,
+        xy=(1, row),
+        xytext=(VALUE, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        fontsize=10.5,
+        color=INK if bad else MUTED,
+        fontweight="bold" if bad else "normal",
+        annotation_clip=False,
+    )
+
+
+def colors(shares: np.ndarray) -> np.ndarray:
+    """RGBA per cell: log scale from `SMALLEST` to 1; zero and "not counted" are transparent."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        decades = np.log10(np.clip(shares, SMALLEST, 1.0)) - math.log10(SMALLEST)
+    part = np.nan_to_num(decades / -math.log10(SMALLEST))
+    mix = part[..., None] ** 1.5
+    rgb = np.array(_LOW) * (1 - mix) + np.array(_HIGH) * mix
+    alpha = np.where(np.nan_to_num(shares) > 0, 0.06 + 0.94 * part**2, 0.0)
+    return np.concatenate([rgb, 255 * alpha[..., None]], axis=-1).round().astype(np.uint8)
+
+
+def _color_bar(drawing: "Figure", counter: Counter, height: int) -> None:
+    size = 250
+    area = ((WIDTH - size) / WIDTH, 1 - 18 / height, size / WIDTH, 9 / height)
+    axes = drawing.add_axes(area)
+    scale = np.logspace(math.log10(SMALLEST), 0, 121)[None, :]
+    axes.imshow(colors(scale), aspect="auto", interpolation="none", extent=(-6, 0, 0, 1))
+    axes.grid(visible=False)
+    axes.set_yticks([])
+    axes.set_xticks([-6, -4, -2, -1, 0], ["≤10⁻⁴ %", "0.01 %", "1 %", "10 %", "100 %"], fontsize=10)
+    axes.tick_params(axis="x", length=3, pad=2)
+    axes.spines["bottom"].set_visible(False)
+    for share in (counter.warn, counter.act):
+        if share >= SMALLEST:
+            axes.axvline(math.log10(share), color=INK, lw=1.5)

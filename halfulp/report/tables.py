@@ -1,0 +1,204 @@
+"""The report's tables: the runs, the policy, what differs, the environment, the counters."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from halfulp.report import words
+from halfulp.report.counters import Strip
+from halfulp.report.html import Child, Markup, join, table, tag
+from halfulp.report.price import FAIL, PASS, Price, flatten, progress
+from halfulp.report.read import Record
+
+_MARKS = {PASS: ("✓", "pass"), FAIL: ("✕", "fail")}
+
+
+def mark(verdict: str, text: str | None = None) -> Markup:
+    """A verdict as sign, word and color; `text` replaces the word."""
+    sign, style = _MARKS.get(verdict, ("?", "unknown"))
+    symbol = tag("span", sign, class_="mark", aria_hidden="true")
+    return tag("span", symbol, verdict if text is None else text, class_=f"verdict {style}")
+
+
+def runs_table(prices: Sequence[Price]) -> Markup:
+    """One row per run: verdict, held-out losses, price, what that means, state, speed."""
+    paired = any(price.reference is not None for price in prices)
+    head: list[Child] = ["run", "verdict", "held-out loss", "evaluated in fp32"]
+    head += ["above its reference", "which means"] if paired else []
+    head += ["run ended", "tokens/s"]
+    rows = [_run_row(price, paired) for price in prices]
+    last = len(head) - 1
+    numeric = frozenset({2, 3, 4, last} if paired else {2, 3, last})
+    return table(head, rows, numeric=numeric, caption="Runs and their verdicts; losses in nats")
+
+
+def _run_row(price: Price, paired: bool) -> list[Child]:
+    record = price.run
+    name = None if record.name == record.label else tag("small", record.name)
+    row: list[Child] = [join(record.label, name), _verdict(price)]
+    row += [_last(record.held_out.values), _last(record.held_out_fp32.values)]
+    if paired:
+        row += [_delta(price), _meaning(price)]
+    return [*row, _ending(record), words.number(record.tokens_per_second)]
+
+
+def _verdict(price: Price) -> Markup:
+    fine = not price.run.diverged and price.run.state == "finished"
+    if price.reference is None and price.run.recipe == "fp32" and fine:
+        return tag("span", "reference", class_="verdict unknown")
+    return mark(price.verdict)
+
+
+def _last(values: np.ndarray) -> str:
+    return words.nats(float(values[-1])) if len(values) else "–"
+
+
+def _delta(price: Price) -> Child:
+    if not math.isfinite(price.nats):
+        return "–"
+    half = words.nats(price.half_width) if math.isfinite(price.half_width) else "?"
+    return join(words.nats(price.nats, signed=True), tag("small", f"± {half}"))
+
+
+def _meaning(price: Price) -> Child:
+    if price.reference is None:
+        return ""
+    if price.why:
+        return price.why
+    if price.verdict == PASS:
+        most = max(price.nats + price.half_width, 0.0)
+        return f"no price above {words.nats(most)}"
+    if price.verdict != FAIL:
+        return "the ± reaches across the bar"
+    there = f"{price.reference.label} was there at step {price.caught_up:,}"
+    return join(
+        words.perplexity(price.nats), tag("small", there) if price.caught_up else None
+    )
+
+
+def _ending(record: Record) -> Child:
+    if record.diverged:
+        block = record.nonfinite.get("block")
+        where = tag("small", f"in {block}") if block else None
+        return join(f"diverged, step {record.nonfinite.get('step', record.last_step):,}", where)
+    if record.state == "finished":
+        return f"finished, {record.last_step:,} steps"
+    if record.state == "empty":
+        return "no step recorded"
+    return f"{record.state}, {progress(record)}"
+
+
+def strip_table(strips: Sequence[Strip], title: str) -> Markup:
+    """The five worst blocks per run as numbers."""
+    head: list[Child] = ["run", "block", "worst place", "whole run", "last counted", "largest"]
+    rows: list[list[Child]] = []
+    for strip in strips:
+        order = sorted(range(len(strip.blocks)), key=lambda i: (-strip.pooled[i], i))[:5]
+        for i in order:
+            shares = strip.shares[i][np.isfinite(strip.shares[i])]
+            ends = [words.share(float(x)) for x in (strip.pooled[i], shares[-1], shares.max())]
+            rows.append([strip.run.label, strip.blocks[i], strip.places[i], *ends])
+    caption = f"{title}: the five worst blocks of each run"
+    return table(head, rows, numeric=frozenset({3, 4, 5}), caption=caption)
+
+
+def policy_table(records: Sequence[Record]) -> Markup | None:
+    """Which recipe governs which blocks, and the formats the counters saw there; None = unknown."""
+    rows: list[list[Child]] = []
+    for record in records:
+        rules = [rule for rule in record.summary.get("policy") or () if len(rule) >= 3]
+        seen = _formats(record)
+        for match, recipe, gemms in rules or [("–", record.recipe, "–")]:
+            count = len(gemms) if isinstance(gemms, (list, tuple)) else gemms
+            rows.append([record.label, tag("code", str(match)), str(recipe), str(count), seen])
+            seen = Markup("")
+    if not any(r.summary.get("policy") or r.formats for r in records):
+        return None
+    head: list[Child] = ["run", "blocks", "recipe", "GEMMs", "formats counted"]
+    return table(head, rows, numeric=frozenset({3}), caption="Policy: who is rounded where")
+
+
+def _formats(record: Record) -> Markup:
+    """Formats with the operands that use them, one line each."""
+    users: dict[str, list[str]] = {}
+    for operand, formats in record.formats.items():
+        for form in formats:
+            users.setdefault(form, []).append(operand)
+    lines = [
+        tag("div", tag("code", form), " ", _operands(operands)) for form, operands in users.items()
+    ]
+    return join(*lines) if lines else Markup("nothing counted")
+
+
+def _operands(names: list[str]) -> str:
+    everything = {f"{g}.{o}" for g, o in zip(("fprop", "dgrad", "wgrad"), ("xw", "gw", "gx"))
+                  for o in o}  # fmt: skip
+    if everything <= set(names):
+        rest = [n for n in names if n not in everything]
+        return ", ".join(["every GEMM operand", *rest])
+    return ", ".join("stored weights" if name == "weight" else name for name in names)
+
+
+def differences_table(records: Sequence[Record]) -> Markup | None:
+    """Configuration keys that are not the same in all runs; None if there are none."""
+    flat = [flatten(record.config) for record in records]
+    keys = list(dict.fromkeys(key for config in flat for key in config))
+    apart = [k for k in keys if any(c.get(k) != flat[0].get(k) for c in flat)]
+    if not apart:
+        return None
+    rows: list[list[Child]] = [[tag("code", k), *(_value(c.get(k)) for c in flat)] for k in apart]
+    head: list[Child] = ["option", *(record.label for record in records)]
+    return table(head, rows, caption="Options in which the runs differ")
+
+
+def environment_table(records: Sequence[Record]) -> Markup:
+    """Versions and machine; one column if they are the same for every run."""
+    hidden = {"command", "config_sha256"}
+    facts = [{k: v for k, v in r.environment.items() if k not in hidden} for r in records]
+    same = all(fact == facts[0] for fact in facts)
+    shown = facts[:1] if same else facts
+    head: list[Child] = ["", "all runs"] if same else ["", *(r.label for r in records)]
+    if len(records) == 1:
+        head = ["", records[0].label]
+    keys = list(dict.fromkeys(key for fact in shown for key in fact))
+    rows: list[list[Child]] = [
+        [key.replace("_", " "), *(_value(f.get(key)) for f in shown)] for key in keys
+    ]
+    return table(head, rows, caption="Environment")
+
+
+def command_table(records: Sequence[Record]) -> Markup:
+    """How every run was started, and the digest of its configuration."""
+    rows: list[list[Child]] = [
+        [
+            record.label,
+            tag("code", " ".join(_quote(word) for word in record.command) or "–"),
+            tag("code", str(record.environment.get("config_sha256", "–"))[:12]),
+        ]
+        for record in records
+    ]
+    return table(["run", "command", "config sha256"], rows, caption="Commands")
+
+
+def _quote(word: str) -> str:
+    import shlex
+
+    return shlex.quote(str(word))
+
+
+def _value(value: Any) -> Child:
+    if value is None:
+        return "–"
+    if value == "" or value == []:
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def evidence_number(values: Mapping[str, float | str], key: str) -> float:
+    """A number of a finding's evidence; nan if it is not there."""
+    value = values.get(key, math.nan)
+    return value if isinstance(value, float) else math.nan

@@ -1,0 +1,249 @@
+"""A site of one quantized GEMM: its quantizers, random keys, scale histories and counters.
+
+The autograd function below holds the three GEMMs of y = x wᵀ. An operand that two GEMMs quantize in
+the same way, with a scale that does not depend on the direction, is quantized once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from halfulp.numerics.apply import apply_quantizer, delayed_scale
+from halfulp.numerics.gemm import (
+    Accumulation,
+    choose_carrier,
+    encode,
+    multiply,
+    multiply_bf16,
+    multiply_int8,
+    parse_accumulation,
+)
+from halfulp.numerics.quantizer import Quantizer
+from halfulp.numerics.random import Key, fold_tensor
+from halfulp.numerics.scaling import amax_bits
+from halfulp.numerics.statistics import merge, quantizer_statistics
+from halfulp.recipe import OPERANDS, GemmSpec
+
+_OTHER = {"dgrad_w": "fprop_w", "wgrad_x": "fprop_x", "wgrad_g": "dgrad_g"}
+
+
+class Clock:
+    """Where a run is: the step and micro-batch that select the random bits, and what is on."""
+
+    def __init__(self) -> None:
+        self.step = self.micro = 0
+        self.enabled, self.counting = True, False
+        self.tensor = torch.zeros(2, dtype=torch.int32)  # the same, for traced graphs
+
+    def set(self, step: int, micro: int) -> None:
+        self.step, self.micro = step, micro
+        self.tensor[0], self.tensor[1] = step, micro
+
+
+@dataclass
+class History:
+    """Amaxes of the last steps of one operand, and the scale in force."""
+
+    amaxes: Tensor  # fp32 [H], newest first; 0 = not seen yet
+    scale: Tensor  # fp32 []
+    seen: Tensor | None = None  # amax of this step so far
+
+    def roll(self, q: Quantizer, amax: Tensor) -> None:
+        self.restore(q, torch.cat([amax.view(1), self.amaxes[:-1]]))
+
+    def restore(self, q: Quantizer, amaxes: Tensor) -> None:
+        self.amaxes, self.seen = amaxes.clone(), None
+        self.scale = delayed_scale(self.amaxes, q)
+
+
+@dataclass
+class Site:
+    """Everything one quantized GEMM needs at run time; made by halfulp.quantize."""
+
+    name: str
+    block: str
+    spec: GemmSpec
+    seed: int
+    clock: Clock
+    carrier: str = "fp32"
+    histories: dict[str, History] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for operand in OPERANDS:
+            if (q := self.quantizer(operand)).scale == "delayed":
+                self.histories[operand] = History(torch.zeros(q.history), torch.ones(()))
+        names = {"fprop": "xw", "dgrad": "gw", "wgrad": "gx"}
+        self.gemms = {gemm: self._plan(gemm, *ab) for gemm, ab in names.items()}
+        self.stochastic = any(self.quantizer(operand).stochastic for operand in OPERANDS)
+
+    def _plan(self, gemm: str, a: str, b: str) -> tuple[str, Accumulation, Quantizer]:
+        pair = (self.quantizer(f"{gemm}_{side}") for side in (a, b))
+        accumulation = parse_accumulation(getattr(self.spec, f"{gemm}_accumulate"))
+        out: Quantizer = getattr(self.spec, f"{gemm}_out")
+        return choose_carrier(*pair, out, accumulation, self.carrier), accumulation, out
+
+    def moment(self, training: bool, keys: Tensor | None) -> "Moment":
+        """The clock's time. A traced graph keeps it in `keys`: an int would be a constant there."""
+        if torch.compiler.is_compiling():
+            return Moment(0, 0, training, False, keys)
+        return Moment(self.clock.step, self.clock.micro, training, self.clock.counting, keys)
+
+    def quantizer(self, operand: str) -> Quantizer:
+        return getattr(self.spec, operand)
+
+    def shares(self, operand: str) -> bool:
+        """Whether the copy made for the other GEMM of this tensor serves `operand` too."""
+        other, q = _OTHER[operand], self.quantizer(operand)
+        encoded = "int8" in (self.gemms[operand[:5]][0], self.gemms[other[:5]][0])
+        return q.one_copy and not encoded and q == self.quantizer(other)
+
+    def key(self, operand: str, at: "Moment") -> Key | Tensor | None:
+        if not self.quantizer(operand).stochastic:
+            return None
+        if at.keys is not None:
+            return at.keys[OPERANDS.index(operand)]
+        return Key.of(self.seed, f"{self.name}/{operand}").fold(at.step).fold(at.micro)
+
+    def traced_keys(self) -> Tensor | None:
+        """The keys of all operands at the clock's time as int32 [6, 2], computed in the graph."""
+        if not self.stochastic:
+            return None
+        clock = self.clock.tensor
+        bases = (Key.of(self.seed, f"{self.name}/{o}").tensor(clock.device) for o in OPERANDS)
+        return torch.stack([fold_tensor(fold_tensor(k, clock[0]), clock[1]) for k in bases])
+
+    def quantize(self, operand: str, x: Tensor, at: "Moment") -> Tensor:
+        q = self.quantizer(operand)
+        if q.is_identity:
+            return x
+        history = self.histories.get(operand)
+        scale = None if history is None else history.scale.to(x.device)
+        y = apply_quantizer(x, q, key=self.key(operand, at), scale=scale)
+        if not torch.compiler.is_compiling():
+            self.observe(operand, x, y, at)
+        return y
+
+    def observe(self, operand: str, x: Tensor, y: Tensor, at: "Moment") -> None:
+        """Record what delayed scaling and the counters need of this call."""
+        history = self.histories.get(operand)
+        if history is not None and at.training:
+            amax = amax_bits(x).view(torch.float32)
+            history.seen = amax if history.seen is None else torch.maximum(history.seen, amax)
+        if at.counting:
+            scale = None if history is None else history.scale.to(x.device)
+            sums = quantizer_statistics(x, y, self.quantizer(operand), scale)
+            old = self.sums.get(operand)
+            self.sums[operand] = sums if old is None else merge(old, sums)
+
+    def product(self, gemm: str, a: str, x: Tensor, b: str, w: Tensor, at: "Moment") -> Tensor:
+        """x wᵀ in this GEMM's carrier, of operands that `quantize` made (raw ones for int8)."""
+        carrier, accumulation, _ = self.gemms[gemm]
+        if carrier == "int8":
+            pair = (self._encode(f"{gemm}_{o}", t, at) for o, t in ((a, x), (b, w)))
+            return multiply_int8(*pair)
+        return multiply_bf16(x, w) if carrier == "bf16" else multiply(x, w, accumulation)
+
+    def _encode(self, operand: str, x: Tensor, at: "Moment"):
+        key = self.key(operand, at)
+        assert not isinstance(key, Tensor)
+        codes = encode(x, self.quantizer(operand), key)
+        self.observe(operand, x, codes.codes.float() * codes.step, at)
+        return codes
+
+    def operand(self, gemm: str, side: str, x: Tensor, at: "Moment") -> Tensor:
+        """The operand as `product` wants it: quantized, or raw where the carrier encodes it."""
+        return x if self.gemms[gemm][0] == "int8" else self.quantize(f"{gemm}_{side}", x, at)
+
+    def round_out(self, gemm: str, y: Tensor) -> Tensor:
+        carrier, _, out = self.gemms[gemm]
+        return y if out.is_identity or carrier == "bf16" else apply_quantizer(y, out)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The clock as it stood in the forward pass; the backward pass uses the same."""
+
+    step: int
+    micro: int
+    training: bool
+    counting: bool
+    keys: Tensor | None = None
+
+
+class QuantizedMatmul(torch.autograd.Function):
+    """y = x wᵀ + bias with quantized operands; the gradient passes straight through the rounding.
+
+    x [..., M, K], w [..., N, K] with equal leading dimensions, bias [N] or None; y [..., M, N].
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, bias, keys, site: Site, training: bool):
+        at = site.moment(training, keys)
+        xq, wq = (site.operand("fprop", s, t, at) for s, t in (("x", x), ("w", w)))
+        y = site.product("fprop", "x", xq, "w", wq, at)
+        if bias is not None:
+            y = y + bias
+        ctx.site, ctx.has_bias = site, bias is not None
+        ctx.moment = (at.step, at.micro, at.training, at.counting)
+        kept = (xq if site.shares("wgrad_x") else x, wq if site.shares("dgrad_w") else w)
+        ctx.save_for_backward(*kept, keys)
+        return site.round_out("fprop", y)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x, w, keys), site = ctx.saved_tensors, ctx.site
+        at = Moment(*ctx.moment, keys)
+        g = g.contiguous()
+        dx = dw = dbias = gq = None
+        if ctx.needs_input_grad[0]:
+            gq = site.operand("dgrad", "g", g, at)
+            wq = (
+                w.mT
+                if site.shares("dgrad_w")
+                else site.operand("dgrad", "w", w.mT.contiguous(), at)
+            )
+            dx = site.round_out("dgrad", site.product("dgrad", "g", gq, "w", wq, at))
+        if ctx.needs_input_grad[1]:
+            xq = (
+                x.mT
+                if site.shares("wgrad_x")
+                else site.operand("wgrad", "x", x.mT.contiguous(), at)
+            )
+            if gq is None or not site.shares("wgrad_g"):
+                gq = site.operand("wgrad", "g", g.mT.contiguous(), at).mT
+            dw = site.round_out("wgrad", site.product("wgrad", "g", gq.mT, "x", xq, at))
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            dbias = g.flatten(0, -2).sum(0)
+        return dx, dw, dbias, None, None, None
+
+
+def quantized_matmul(
+    x: Tensor, w: Tensor, bias: Tensor | None, site: Site, training: bool
+) -> Tensor:
+    """`QuantizedMatmul` on any float dtype: computed in fp32, given back in x's dtype."""
+    if site.histories and torch.compiler.is_compiling():
+        return _eager(x, w, bias, site, training)
+    return _matmul(x, w, bias, site, training)
+
+
+def _matmul(x: Tensor, w: Tensor, bias: Tensor | None, site: Site, training: bool) -> Tensor:
+    keys = site.traced_keys() if torch.compiler.is_compiling() else None
+    tensors = (t if t is None else t.float() for t in (x, w, bias))
+    with torch.autocast(x.device.type, enabled=False):
+        return QuantizedMatmul.apply(*tensors, keys, site, training).to(x.dtype)
+
+
+# Delayed scales are state that a traced graph cannot keep: these sites run between graphs.
+_eager = torch.compiler.disable(_matmul)
+
+
+def histories(sites: Mapping[str, Site]) -> dict[str, tuple[History, Quantizer]]:
+    """Every delayed-scale history, by "site/operand"."""
+    return {
+        f"{name}/{operand}": (history, site.quantizer(operand))
+        for name, site in sites.items()
+        for operand, history in site.histories.items()
+    }

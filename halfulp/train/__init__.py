@@ -1,0 +1,1 @@
+"""Training runs: the configuration, the loop, checkpoints and the processes that share the work."""

@@ -1,0 +1,217 @@
+"""The configuration of one training run: every option, its default and what it must satisfy."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halfulp.data import DataConfig
+from halfulp.errors import ConfigError
+from halfulp.train import tree
+
+SCHEDULES = ("cosine", "wsd", "constant")
+PARALLEL = ("ddp", "fsdp2")
+DEVICES = ("auto", "cpu", "cuda")
+CARRIERS = ("fp32", "exact")
+TRACKERS = ("tensorboard", "trackio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is trained, and from which weights."""
+
+    preset: str = "llama-3m"  # a preset's name, or a local Hugging Face directory or config.json
+    layers: int = 0  # 0 = as the preset says
+    hidden: int = 0  # 0 = as the preset says
+    hints: Mapping[str, str] = field(default_factory=dict)  # name pattern -> block, where unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection(DataConfig):
+    """The corpus, and how many tokens of it make one sequence."""
+
+    length: int = 256
+
+    def corpus(self) -> DataConfig:
+        """The part that decides the token files, without the sequence length."""
+        names = [f.name for f in dataclasses.fields(DataConfig)]
+        return DataConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """The optimization: how many steps of which size, and what is measured on the way."""
+
+    steps: int = 1000
+    rows: int = 8  # sequences per micro-batch
+    accumulate: int = 1  # micro-batches per process and step
+    lr: float = 1e-3
+    warmup: float = 0.05  # below 1: share of the run; from 1 on: steps
+    schedule: str = "cosine"
+    min_lr: float = 0.1  # last learning rate as a share of `lr`
+    decay: float = 0.2  # wsd: share of the run that decays
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # largest gradient norm; 0 = no clipping
+    seed: int = 0
+    eval_every: int = 100  # 0 = only after the last step
+    eval_batches: int = 8
+    checkpoint_every: int = 500  # 0 = only after the last step
+    keep: int = 2  # newest checkpoints kept
+    count_every: int = 50  # 0 = no counters
+    compile: bool = False
+    activation_checkpointing: bool = False
+    parallel: str = "ddp"  # how the processes of torchrun share the work
+    device: str = "auto"
+    threads: int = 0  # 0 = torch's choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The precision until this share of the run."""
+
+    until: float
+    recipe: str = ""
+    file: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySection:
+    """The precision: one recipe or policy file, after any number of earlier stages."""
+
+    recipe: str = ""  # neither recipe nor file: fp32
+    file: str = ""
+    schedule: tuple[Stage, ...] = ()
+    carrier: str = "fp32"
+    allow_partial: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """Where the run is written."""
+
+    out: str = ""  # empty: runs/<preset>-<recipe>-001, the first number that is free
+    trackers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run; equal configurations give equal runs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataSection = field(default_factory=DataSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    policy: PolicySection = field(default_factory=PolicySection)
+    run: RunSection = field(default_factory=RunSection)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Sections as plain dicts, ready for TOML."""
+        return tree.plain(self)
+
+    def digest(self) -> str:
+        """sha256 of everything but [run], which decides where the run lies and not what it is."""
+        decisive = {key: value for key, value in self.to_dict().items() if key != "run"}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """The configuration in a TOML file or nested dict, with `overrides` on top; checked.
+
+    ConfigError for an unreadable file, an unknown key, a wrong type or a value out of range.
+    """
+    raw = source if isinstance(source, Mapping) else _read(Path(source))
+    config = tree.build(TrainConfig, tree.merge(raw, overrides or {}))
+    check(config)
+    return config
+
+
+def check(config: TrainConfig) -> None:
+    """ConfigError for the first value that cannot be used."""
+    _check_train(config.train)
+    _check_policy(config)
+    _at_least("data.length", config.data.length, 1)
+    _at_least("model.layers", config.model.layers, 0)
+    _at_least("model.hidden", config.model.hidden, 0)
+    for tracker in config.run.trackers:
+        _one_of("run.trackers", tracker, TRACKERS)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the configuration {path}: {error.strerror}. Give the path of a TOML file."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}. Fix that line.") from error
+
+
+def _check_train(train: TrainSection) -> None:
+    for name in ("steps", "rows", "accumulate", "eval_batches", "keep"):
+        _at_least(f"train.{name}", getattr(train, name), 1)
+    for name in ("eval_every", "checkpoint_every", "count_every", "threads", "seed"):
+        _at_least(f"train.{name}", getattr(train, name), 0)
+    for name in ("warmup", "weight_decay", "clip"):
+        _between(f"train.{name}", getattr(train, name), 0.0, math.inf)
+    for name in ("min_lr", "decay"):
+        _between(f"train.{name}", getattr(train, name), 0.0, 1.0)
+    for beta in train.betas:
+        _between("train.betas", beta, 0.0, math.nextafter(1.0, 0.0))
+    smallest = math.ulp(0.0)
+    _between("train.lr", train.lr, smallest, math.inf)
+    _between("train.eps", train.eps, smallest, math.inf)
+    _one_of("train.schedule", train.schedule, SCHEDULES)
+    _one_of("train.parallel", train.parallel, PARALLEL)
+    _one_of("train.device", train.device, DEVICES)
+    if train.warmup >= 1 and train.warmup > train.steps:
+        raise ConfigError(
+            f"train.warmup = {train.warmup:g} steps is longer than the run of {train.steps} steps. "
+            "Give fewer steps, or a share of the run below 1."
+        )
+
+
+def _check_policy(config: TrainConfig) -> None:
+    policy = config.policy
+    _one_of("policy.carrier", policy.carrier, CARRIERS)
+    if policy.recipe and policy.file:
+        raise ConfigError(
+            f"policy.recipe = {policy.recipe!r} and policy.file = {policy.file!r} are both given. "
+            "Delete one of them."
+        )
+    before = 0.0
+    for i, stage in enumerate(policy.schedule):
+        where = f"policy.schedule[{i}]"
+        if bool(stage.recipe) == bool(stage.file):
+            raise ConfigError(f"{where} needs a recipe or a file, and not both. Give exactly one.")
+        if not before < stage.until < 1:
+            raise ConfigError(
+                f"{where}.until = {stage.until:g} must lie between {before:g} and 1. Order the "
+                "stages by `until`; the rest of the run uses policy.recipe or policy.file."
+            )
+        before = stage.until
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name} = {value} is too small. Give {least} or more.")
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high or math.isinf(value):
+        above = "" if math.isinf(high) else f" and at most {high:g}"
+        least = "above 0" if 0 < low < 1e-300 else f"at least {low:g}"
+        raise ConfigError(f"{name} = {value:g} cannot be used. Give a number {least}{above}.")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} = {value!r} does not exist. {tree.nearest(value, choices)}")

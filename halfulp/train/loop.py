@@ -1,0 +1,221 @@
+"""The training loop: steps, what is measured between them, checkpoints, and the end."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from halfulp.errors import NonFiniteError, RunError
+from halfulp.run import Run
+from halfulp.train import checkpoint
+from halfulp.train.config import TrainConfig, check, load_config
+from halfulp.train.evaluate import evaluate
+from halfulp.train.open import Start, open_session
+from halfulp.train.parallel import open_world
+from halfulp.train.precision import name_of
+from halfulp.train.session import OnEvent, Session
+from halfulp.train.signals import Interrupt
+from halfulp.train.state import snapshot
+from halfulp.train.step import Outcome, run_step
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended; `reason` is "finished", "interrupted" or "nonfinite"."""
+
+    path: Path
+    reason: str
+    steps: int
+    tokens: int
+    seconds: float  # spent in training steps
+    loss_nats: float  # held out, in the policy's arithmetic; nan before the first evaluation
+    loss_nats_fp32: float  # held out, in fp32
+    diverged: bool
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: Path | None = None,
+    from_step: int | None = None,
+    force: bool = False,
+    command: tuple[str, ...] | None = None,
+    on_event: OnEvent | None = None,
+) -> Summary:
+    """Train as `config` says in its run directory, or go on with the run at `resume`.
+
+    Continues from the newest checkpoint, or from that of `from_step` (0 starts over). `on_event`
+    receives every event on process 0, as a dict. Under torchrun the processes share the work.
+
+    Raises ConfigError, DataError, PolicyError and RunError before the first step, NonFiniteError
+    when the loss or a gradient stops being finite: nothing non-finite reaches a parameter or a
+    checkpoint. A run that has finished before is left as it is.
+    """
+    check(config)
+    start = Start(resume, from_step, force, tuple(sys.argv) if command is None else command)
+    with open_world(config.train) as world, _threads(config.train.threads):
+        if resume is not None:
+            _check_same(resume, config)
+            if from_step is None and (done := _finished(resume)):
+                return done
+        with Interrupt() as interrupt:
+            session = open_session(config, world, start, on_event)
+            with session.run:
+                return _run(session, interrupt)
+
+
+def config_of(path: Path) -> TrainConfig:
+    """The configuration that the run at `path` was started with."""
+    return load_config(Run.open(path, writer=False).config())
+
+
+def _run(s: Session, interrupt: Interrupt) -> Summary:
+    steps = s.config.train.steps
+    stop = False
+    try:
+        while s.step < steps and not stop:
+            _announce_stage(s)
+            stop = _one_step(s, interrupt)
+        finished = s.step == steps
+        if finished and s.evaluation.get("step") != steps:
+            _evaluate(s)
+        _checkpoint(s)
+    except NonFiniteError:
+        _end(s, "nonfinite")
+        raise
+    return _end(s, "finished" if finished else "interrupted")
+
+
+def _one_step(s: Session, interrupt: Interrupt) -> bool:
+    """Train one step and do what is due after it; True when the run is asked to stop."""
+    train, before = s.config.train, time.perf_counter()
+    counting = _due(s.step + 1, train.count_every)
+    s.precision.handle.count(counting)
+    s.precision.optimizer.count(counting)
+    outcome = run_step(s, interrupted=interrupt.asked)
+    seconds = time.perf_counter() - before
+    s.step += 1
+    s.seconds += seconds
+    s.tokens += s.micro_batches * train.rows * s.config.data.length
+    if s.first_loss_nats is None:
+        s.first_loss_nats = outcome.loss_nats
+    _report_step(s, outcome, seconds)
+    if counting:
+        _report_counters(s)
+    if _due(s.step, train.eval_every):
+        _evaluate(s)
+    if _due(s.step, train.checkpoint_every) and s.step < train.steps:
+        _checkpoint(s)
+    return outcome.interrupted
+
+
+def _report_step(s: Session, outcome: Outcome, seconds: float) -> None:
+    s.emit(
+        "step",
+        step=s.step,
+        loss_nats=outcome.loss_nats,
+        grad_norm=outcome.grad_norm,
+        lr=outcome.lr,
+        tokens=s.tokens,
+        seconds=seconds,
+    )
+    changed = s.precision.scaler.update(finite=not outcome.skipped)
+    if changed or outcome.skipped:
+        scale = s.precision.scaler.scale
+        s.emit("loss_scale", step=s.step, scale=scale, skipped=outcome.skipped)
+
+
+def _report_counters(s: Session) -> None:
+    gemms, optimizer = s.precision.handle.counters(), s.precision.optimizer.counters()
+    s.emit("counters", step=s.step, gemms=gemms, optimizer=optimizer)
+
+
+def _announce_stage(s: Session) -> None:
+    # The event belongs to the step it precedes, so that a resume writes it anew.
+    if (s.precision.enter(s.step) or s.step == s.precision.starts_at) and s.config.policy.schedule:
+        s.emit("schedule", step=s.step + 1, recipe=s.precision.name)
+
+
+def _evaluate(s: Session) -> None:
+    s.evaluation = {"step": s.step, **evaluate(s)}
+    s.emit("eval", **s.evaluation)
+
+
+def _checkpoint(s: Session) -> None:
+    """Write a checkpoint of the present step unless there is one."""
+    if s.saved == s.step:
+        return
+    content = snapshot(s)
+    folder, keep = s.run.path / "checkpoints", s.config.train.keep
+    path = s.world.from_main(lambda: checkpoint.save(folder, content, keep=keep))
+    s.saved = s.step
+    s.emit("checkpoint", step=s.step, path=str(path.relative_to(s.run.path)))
+
+
+def _end(s: Session, reason: str) -> Summary:
+    summary = Summary(
+        path=s.run.path,
+        reason=reason,
+        steps=s.step,
+        tokens=s.tokens,
+        seconds=s.seconds,
+        loss_nats=s.evaluation.get("loss_nats", math.nan),
+        loss_nats_fp32=s.evaluation.get("loss_nats_fp32", math.nan),
+        diverged=reason == "nonfinite" or _worse_than_at_first(s),
+    )
+    facts = {key: value for key, value in asdict(summary).items() if key != "path"}
+    s.run.summarize(
+        name=s.run.path.name,
+        recipe=name_of(s.config.policy),
+        **facts,
+        tokens_per_second=s.tokens / s.seconds if s.seconds else 0.0,
+        parameters=sum(p.numel() for p in s.model.parameters()),
+        data=s.data.describe(),
+        config_sha256=s.config.digest(),
+        policy=s.precision.handle.resolution.rows(),
+    )
+    s.emit("end", step=s.step, reason=reason)
+    return summary
+
+
+def _worse_than_at_first(s: Session) -> bool:
+    if s.first_loss_nats is None or not s.evaluation:
+        return False
+    return not s.evaluation["loss_nats"] <= s.first_loss_nats  # nan is worse as well
+
+
+def _check_same(path: Path, config: TrainConfig) -> None:
+    if config.digest() != config_of(path).digest():
+        raise RunError(
+            f"{path} was started with another configuration. A resumed run keeps its own: "
+            "give no other option, or start a new run."
+        )
+
+
+def _finished(path: Path) -> Summary | None:
+    """The summary of the run at `path` if it has reached its last step."""
+    facts = Run.open(path, writer=False).summary()
+    if facts.get("reason") != "finished":
+        return None
+    names = ("reason", "steps", "tokens", "seconds", "loss_nats", "loss_nats_fp32", "diverged")
+    return Summary(path=path, **{name: facts[name] for name in names})
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

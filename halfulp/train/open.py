@@ -1,0 +1,184 @@
+"""From a configuration to a session that is ready for its first or next step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from halfulp.blocks import block_map
+from halfulp.data import Data, open_data
+from halfulp.errors import PolicyError, RunError
+from halfulp.numerics.kernel import cache_directory
+from halfulp.run import Run
+from halfulp.trackers import open_trackers
+from halfulp.train import checkpoint
+from halfulp.train.config import TrainConfig
+from halfulp.train.model import build_model, config_json, layers_of
+from halfulp.train.parallel import World, share
+from halfulp.train.precision import Precision, load_policies, name_of
+from halfulp.train.session import OnEvent, Session
+from halfulp.train.state import restore
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins: in a fresh directory, or after a checkpoint of the run at `resume`."""
+
+    resume: Path | None = None
+    from_step: int | None = None  # None = the newest checkpoint
+    force: bool = False  # replace the run that lies at run.out
+    command: tuple[str, ...] = ()
+
+
+def open_session(
+    config: TrainConfig, world: World, start: Start, on_event: OnEvent | None
+) -> Session:
+    """Data, model, precision, run directory and, on resume, the checkpoint's state.
+
+    Nothing is written before the data, the model and the policy are known to fit.
+    """
+    loaded = world.from_main(lambda: _load_checkpoint(start))
+    data = _open_data(config, world)
+    train = config.train
+    built = build_model(config.model, vocab=data.vocab, length=config.data.length, seed=train.seed)
+    model = built.model.to(world.device)
+    blocks = dict(block_map(model, config.model.hints).parameters)
+    # Before quantize, which changes its attention implementation.
+    shape = config_json(model)
+    finished = loaded.step if loaded else 0
+    precision, shared = _prepare(config, world, model, finished)
+    micro_batches = _micro_batches(config, world, loaded.state if loaded else {})
+    session = Session(
+        config, world, data, model, shared, precision, blocks, shape, micro_batches, on_event
+    )
+    if loaded:
+        restore(session, loaded)
+    # Only now: a checkpoint that does not fit must leave the run as it was.
+    session.run = _open_run(config, world, start, finished)
+    session.emit(
+        "start",
+        command=list(start.command),
+        world=world.size,
+        step=finished,
+        weights=built.origin if finished == 0 else f"checkpoint of step {finished}",
+        parallel=world.mode,
+        micro_batches=micro_batches,
+        device=str(world.device),
+    )
+    return session
+
+
+def _load_checkpoint(start: Start) -> checkpoint.Checkpoint | None:
+    if start.resume is None:
+        return None
+    folder = start.resume / "checkpoints"
+    steps = checkpoint.steps_in(folder)
+    step = start.from_step if start.from_step is not None else max(steps, default=0)
+    if step == 0:
+        return None  # equal seeds make the run that starts over the same run
+    if step not in steps:
+        raise RunError(
+            f"{start.resume} has no checkpoint of step {step}. It has: "
+            f"{', '.join(map(str, steps)) or 'none'}; --from-step 0 starts over."
+        )
+    return checkpoint.load(folder, step)
+
+
+def _open_data(config: TrainConfig, world: World) -> Data:
+    def open_() -> Data:
+        return open_data(config.data.corpus(), cache_directory() / "data")
+
+    # Process 0 fills the cache; the others find it.
+    opened = open_() if world.size == 1 else _after_main(world, open_)
+    for split in ("train", "val"):
+        opened.windows(split, config.data.length)
+    return opened
+
+
+def _after_main(world: World, open_: Callable[[], Data]) -> Data:
+    own: list[Data] = []
+    world.from_main(lambda: own.append(open_()))
+    return own[0] if own else open_()
+
+
+def _prepare(
+    config: TrainConfig, world: World, model: nn.Module, finished: int
+) -> tuple[Precision, nn.Module]:
+    """Quantize, compile, shard or wrap, and only then build the optimizer over what is left."""
+    precision = Precision(model, config, load_policies(config.policy), config.model.hints)
+    # The stage of the last finished step: the loop goes over to the next one itself.
+    precision.start(max(0, finished - 1))
+    _check_shardable(world, precision)
+    if config.train.activation_checkpointing:
+        checkpointed: Any = model
+        checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.train.compile:
+        for module in layers_of(model) if world.mode == "fsdp2" else [model]:
+            module.compile()
+    shared = share(model, world)
+    precision.optimize()
+    return precision, shared
+
+
+def _check_shardable(world: World, precision: Precision) -> None:
+    if world.mode != "fsdp2":
+        return
+    recipes = [item for r in precision.resolutions for item in r.parameters.items()]
+    for name, q in ((name, recipe.gradient) for name, recipe in recipes):
+        if q.granularity != "element" or q.stochastic:
+            raise PolicyError(
+                f"the gradient of {name} is to be stored as {q}, whose scale or random bits need "
+                "the whole tensor, and fsdp2 leaves each process a part. Use train.parallel = "
+                "'ddp', or a gradient format without scale, rounded to nearest."
+            )
+
+
+def _micro_batches(config: TrainConfig, world: World, state: dict[str, Any]) -> int:
+    count = state.get("micro_batches", world.size * config.train.accumulate)
+    if count % world.size:
+        raise RunError(
+            f"the run takes {count} micro-batches per step, which {world.size} processes cannot "
+            "share equally. Resume it with a number of processes that divides them."
+        )
+    return count
+
+
+def _open_run(config: TrainConfig, world: World, start: Start, finished: int) -> Run:
+    def make() -> Path:
+        run = _continue(start.resume, finished) if start.resume else _create(config, start)
+        run.trackers.extend(open_trackers(config.run.trackers, run.path))
+        own.append(run)
+        return run.path
+
+    own: list[Run] = []
+    path = world.from_main(make)
+    return own[0] if own else Run.open(path, writer=False)
+
+
+def _continue(path: Path, finished: int) -> Run:
+    run = Run.open(path)
+    run.truncate(finished)
+    checkpoint.drop_after(path / "checkpoints", finished)
+    return run
+
+
+def _create(config: TrainConfig, start: Start) -> Run:
+    path = Path(config.run.out) if config.run.out else _free_directory(config)
+    run = Run.create(path, config.to_dict(), force=start.force, command=start.command)
+    policy = load_policies(config.policy)[-1]
+    (path / "policy.toml").write_text(policy.to_toml(), encoding="utf-8")
+    return run
+
+
+def _free_directory(config: TrainConfig) -> Path:
+    name = f"{Path(config.model.preset).stem}-{Path(name_of(config.policy)).stem}"
+    return free_directory(Path("runs"), name)
+
+
+def free_directory(folder: Path, name: str) -> Path:
+    """`folder`/`name`-001, or the first number above all that exist."""
+    taken = [p.name.removeprefix(f"{name}-") for p in folder.glob(f"{name}-*")]
+    number = 1 + max((int(t) for t in taken if t.isdigit()), default=0)
+    return folder / f"{name}-{number:03d}"

@@ -1,0 +1,142 @@
+"""The processes of one run: DDP and FSDP2 under torchrun, and what they agree on."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from halfulp.errors import ConfigError, HalfulpError
+from halfulp.train.config import TrainSection
+from halfulp.train.model import layers_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`; `mode` is "single", "ddp" or "fsdp2"."""
+
+    mode: str
+    device: torch.device
+    size: int = 1
+    rank: int = 0
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` added over all processes, in place, the same bits on each."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on process 0, given to all; its HalfulpError is raised on all."""
+        if self.size == 1:
+            return make()
+        box: list[Any] = [None, None]
+        if self.main:
+            try:
+                box[0] = make()
+            except HalfulpError as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise box[1]
+        return cast(T, box[0])
+
+
+@contextmanager
+def open_world(train: TrainSection) -> Iterator[World]:
+    """This process's place according to torchrun's environment; one process without it.
+
+    A process group that is already open is used and left open.
+    """
+    device = _device(train.device)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World("single", device)
+        return
+    opened = not dist.is_initialized()
+    if opened:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(train.parallel, device, dist.get_world_size(), dist.get_rank())
+    finally:
+        if opened:
+            dist.destroy_process_group()
+
+
+def share(model: nn.Module, world: World) -> nn.Module:
+    """`model` as the processes train it: wrapped (ddp), sharded in place (fsdp2) or as it is."""
+    if world.mode == "ddp":
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    if world.mode == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for layer in layers_of(model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+class _Sharded(Protocol):
+    def set_requires_gradient_sync(self, on: bool) -> None: ...
+
+
+def synchronized(model: nn.Module, world: World, on: bool) -> AbstractContextManager[None]:
+    """Inside, a backward pass averages the gradients over the processes only if `on`."""
+    if world.mode == "fsdp2":
+        cast(_Sharded, model).set_requires_gradient_sync(on)
+    elif world.mode == "ddp" and not on:
+        return cast(nn.parallel.DistributedDataParallel, model).no_sync()  # pyright: ignore
+    return nullcontext()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, sharing its memory; other tensors as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one, on every process (a collective call)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(full: Tensor, example: Tensor) -> Tensor:
+    """`full` distributed as `example` is; every process must hold the same `full`."""
+    full = full.to(example.device)
+    if not isinstance(example, DTensor):
+        return full
+    mesh, placements = example.device_mesh, example.placements
+    return distribute_tensor(full, mesh, placements, src_data_rank=None)
+
+
+def _device(asked: str) -> torch.device:
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "train.device = 'cuda', and this PyTorch sees no GPU. Use 'auto' or 'cpu'."
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,130 @@
+"""Between a training session and its checkpoint: whole tensors out, sharded ones back in."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfulp.errors import NonFiniteError, RunError
+from halfulp.train.checkpoint import Checkpoint
+from halfulp.train.parallel import local, sharded_like, whole
+from halfulp.train.precision import digest_of
+from halfulp.train.session import Session
+
+
+def snapshot(s: Session) -> Checkpoint:
+    """Everything that continues the run bit by bit; a collective call, content on process 0 only.
+
+    NonFiniteError, on every process, if a weight or an optimizer state is not finite: such a
+    checkpoint is never written.
+    """
+    keep = s.world.main
+    optimizer = {key: _host(t, keep=keep) for key, t in _optimizer_tensors(s)}
+    tensors = {
+        "model": {name: _host(t, keep=keep) for name, t in model_tensors(s)},
+        "optimizer": optimizer,
+        "quantizers": {k: _host(t, keep=keep) for k, t in s.precision.handle.state_dict().items()},
+    }
+    s.world.from_main(lambda: _refuse_nonfinite(s, tensors))
+    return Checkpoint(s.step, _facts(s), tensors, s.shape)
+
+
+def restore(s: Session, content: Checkpoint) -> None:
+    """Put `content` into the freshly built session; RunError if it belongs to another run."""
+    _check_belongs(s, content.state)
+    with torch.no_grad():
+        for name, tensor in model_tensors(s):
+            saved = _saved(content, "model", name)
+            local(tensor).copy_(local(sharded_like(saved, tensor)))
+    _restore_optimizer(s, content)
+    s.precision.handle.load_state_dict(dict(content.tensors["quantizers"]))
+    s.precision.scaler.load(content.state["loss_scale"])
+    s.step, s.tokens = content.step, content.state["tokens"]
+    s.seconds, s.evaluation = content.state["seconds"], content.state["evaluation"]
+    s.first_loss_nats, s.saved = content.state["first_loss_nats"], content.step
+
+
+def model_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of the Hugging Face model, tied ones once."""
+    seen: set[int] = set()
+    for name, tensor in s.model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def _optimizer_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in s.model.named_parameters():
+        for key, value in s.precision.optimizer.state.get(parameter, {}).items():
+            yield f"{name}/{key}", torch.as_tensor(value)
+
+
+def _restore_optimizer(s: Session, content: Checkpoint) -> None:
+    states: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in content.tensors["optimizer"].items():
+        name, _, key = path.rpartition("/")
+        states.setdefault(name, {})[key] = tensor
+    for name, parameter in s.model.named_parameters():
+        saved = states.get(name, {})
+        s.precision.optimizer.state[parameter] = {
+            key: sharded_like(t, parameter) if t.shape == parameter.shape else t
+            for key, t in saved.items()
+        }
+
+
+def _host(tensor: Tensor, *, keep: bool) -> Tensor:
+    full = whole(tensor.detach())
+    return full.cpu().clone() if keep else torch.empty(0)
+
+
+def _refuse_nonfinite(s: Session, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for part in ("model", "optimizer"):
+        for name, tensor in tensors[part].items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise NonFiniteError(
+                    f"step {s.step}: {name} of the {part} is not finite after the update, so no "
+                    f"checkpoint is written. The last good one is of step {s.saved or 'none'}. "
+                    "Give its block a format with a wider range for weights or moments, or "
+                    f"lower train.lr (it is {s.config.train.lr:g})."
+                )
+
+
+def _facts(s: Session) -> dict[str, Any]:
+    return {
+        "tokens": s.tokens,
+        "seconds": s.seconds,
+        "micro_batches": s.micro_batches,
+        "loss_scale": s.precision.scaler.state(),
+        "evaluation": s.evaluation,
+        "first_loss_nats": s.first_loss_nats,
+        "random": "no state: every random number is a function of (seed, step, micro-batch, name)",
+        "seed": s.config.train.seed,
+        "config_sha256": s.config.digest(),
+        "policy_sha256": digest_of(s.precision.policies),
+        "data_sha256": s.data.digest,
+    }
+
+
+def _check_belongs(s: Session, state: Mapping[str, Any]) -> None:
+    mine = _facts(s)
+    told = {
+        "config_sha256": "configuration; restore config.toml of the run",
+        "policy_sha256": "policy or recipe; restore it, or the version of halfulp",
+        "data_sha256": "corpus; restore its files (stdlib belongs to one Python version)",
+    }
+    for key, what in told.items():
+        if state[key] != mine[key]:
+            raise RunError(
+                f"the run cannot be continued: its checkpoint of step {state['step']} was written "
+                f"with another {what}, or start a new run."
+            )
+
+
+def _saved(content: Checkpoint, part: str, name: str) -> Tensor:
+    if name not in content.tensors[part]:
+        raise RunError(
+            f"the checkpoint of step {content.step} has no {part} tensor {name!r}. It was written "
+            "by another version of the model; resume with the versions in environment.json."
+        )
+    return content.tensors[part][name]

@@ -1,0 +1,218 @@
+"""Run directories as a training would write them, for reports: no model is trained."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halfulp.run import Run
+
+STEPS, LAYERS, EVERY = 500, 4, 10
+LINEARS = {
+    "qk": ("q_proj", "k_proj"),
+    "vo": ("v_proj", "o_proj"),
+    "ffn": ("gate_proj", "up_proj", "down_proj"),
+}
+OPERANDS = ("fprop.x", "fprop.w", "dgrad.g", "dgrad.w", "wgrad.g", "wgrad.x")
+
+Share = Callable[[str, str, float], tuple[float, float]]  # block, operand, progress → (mean, energy)
+
+
+def config(recipe: str, **train: Any) -> dict[str, Any]:
+    return {
+        "model": {"preset": "llama-3m", "layers": LAYERS, "hidden": 0},
+        "data": {"source": ["stdlib"], "tokenizer": "bytes", "length": 256},
+        "train": {"steps": STEPS, "lr": 1e-3, "seed": 0, "betas": [0.9, 0.95], **train},
+        "policy": {"recipe": recipe, "file": "", "carrier": "fp32"},
+        "run": {"out": f"runs/{recipe}"},
+    }
+
+
+def blocks(layers: int = LAYERS) -> list[str]:
+    return [f"layers.{i}.{kind}" for i in range(layers) for kind in LINEARS]
+
+
+def loss_curve(steps: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    t = np.arange(1, steps + 1)
+    noise = rng.normal(0, 0.06, steps)
+    return 2.15 + 3.4 * np.exp(-t / 12) + 1.6 * (1 + t / 25) ** -0.75 + noise
+
+
+def write_run(
+    path: Path,
+    recipe: str,
+    *,
+    price: float = 0.0,
+    scatter: float = 0.004,
+    rows: Callable[[float, np.random.Generator], dict[str, list[dict[str, Any]]]] | None = None,
+    steps: int = STEPS,
+    seed: int = 0,
+    nan_at: int = 0,
+    finish: bool = True,
+    settings: dict[str, Any] | None = None,
+    speed: float = 9000.0,
+) -> Path:
+    rng = np.random.default_rng(abs(hash_of(recipe)) + seed)
+    loss = loss_curve(STEPS, seed)
+    t = np.arange(1, STEPS + 1)
+    gap = price * (1 - np.exp(-t / 160)) / (1 - math.exp(-STEPS / 160))
+    loss = loss + gap + rng.normal(0, scatter, STEPS)
+    smooth = loss_curve(STEPS, seed) * 0 + 2.22 + 3.4 * np.exp(-t / 12) + 1.6 * (1 + t / 25) ** -0.75
+    asked = settings or config(recipe, seed=seed)
+    command = ["halfulp", "train", "--recipe", recipe, "--steps", str(STEPS)]
+    with Run.create(path, asked, command=command) as run:
+        run.write("start", command=command, world=1, step=0)
+        for step in range(1, steps + 1):
+            value = math.nan if step == nan_at else float(loss[step - 1])
+            run.write(
+                "step",
+                step=step,
+                loss_nats=value,
+                grad_norm=float(0.5 + 3 / step),
+                lr=1e-3,
+                tokens=2048 * step,
+                seconds=2048 / speed,
+            )
+            if step == nan_at:
+                run.write("nonfinite", step=step, what="the loss", block="layers.2.ffn")
+                break
+            if step % 50 == 0 or step == STEPS:
+                held_out = float(smooth[step - 1] + gap[step - 1] + rng.normal(0, scatter / 4))
+                run.write(
+                    "eval",
+                    step=step,
+                    loss_nats=held_out,
+                    loss_nats_fp32=held_out - 0.25 * float(gap[step - 1]),
+                    tokens=65536,
+                )
+            if rows and step % EVERY == 0:
+                run.write("counters", step=step, **rows(step / STEPS, rng))
+        if nan_at or finish:
+            done = nan_at or steps
+            reason = "nonfinite" if nan_at else "finished"
+            run.write("end", step=done, reason=reason)
+            last = [event["loss_nats"] for event in run.events("eval")]
+            run.summarize(
+                name=path.name,
+                recipe=recipe,
+                steps=done,
+                tokens=2048 * done,
+                seconds=2048 * done / speed,
+                tokens_per_second=speed,
+                loss_nats=last[-1] if last else None,
+                diverged=bool(nan_at),
+                reason=reason,
+                parameters=2_900_000,
+                data={"digest": "f00d", "tokens": 31_000_000},
+                policy=[["*", recipe, len(blocks()) * 2 + 1], ["head", "fp32", 1]],
+            )
+    return path
+
+
+def hash_of(text: str) -> int:
+    return sum((i + 1) * ord(c) for i, c in enumerate(text))
+
+
+def gemm_rows(
+    rng: np.random.Generator, form: str, underflow: Callable[[str, str], float], saturated: float = 0
+) -> list[dict[str, Any]]:
+    rows = []
+    for block in blocks():
+        for linear in LINEARS[block.rpartition(".")[2]]:
+            for operand in OPERANDS:
+                n = 65536
+                share = min(0.95, underflow(block, operand) * float(rng.lognormal(0, 0.25)))
+                rows.append(
+                    {
+                        "block": block,
+                        "gemm": f"{block}.{linear}",
+                        "operand": operand,
+                        "format": form,
+                        "n": n,
+                        "saturated": int(rng.poisson(saturated * n)) if saturated else 0,
+                        "underflow": int(share * n),
+                        "underflow_energy": share**2 * 1e-3,
+                        "amax": 3.0,
+                        "stale": 1.0,
+                    }
+                )
+    return rows
+
+
+def weight_rows(rng: np.random.Generator, form: str, lost: Callable[[str], float]) -> list[dict]:
+    rows = []
+    for block in ["emb", *blocks(), "norm", "head"]:
+        for name in LINEARS.get(block.rpartition(".")[2], ("weight",)):
+            n = 16384
+            share = min(0.98, lost(block) * float(rng.lognormal(0, 0.08)))
+            rows.append(
+                {
+                    "block": block,
+                    "parameter": f"{block}.{name}.weight",
+                    "weight_format": form,
+                    "n": n,
+                    "asked": n,
+                    "lost_updates": int(share * n),
+                    "lost_decay": 0,
+                    "v_underflow": 0,
+                    "update_rms": 1.0,
+                }
+            )
+    return rows
+
+
+def layer_of(block: str) -> int:
+    return int(block.split(".")[1]) if block.startswith("layers.") else 0
+
+
+def bf16_rows(progress: float, rng: np.random.Generator) -> dict[str, list[dict]]:
+    def lost(block: str) -> float:
+        base = {"qk": 0.72, "vo": 0.6, "ffn": 0.62, "norm": 0.97, "emb": 0.3}
+        return base.get(block.rpartition(".")[2], 0.45) * (0.45 + 0.7 * progress)
+
+    return {"gemms": [], "optimizer": weight_rows(rng, "bf16:nearest", lost)}
+
+
+def bf16_sr_rows(progress: float, rng: np.random.Generator) -> dict[str, list[dict]]:
+    return {"gemms": [], "optimizer": weight_rows(rng, "bf16:stochastic", lambda _: 0.0)}
+
+
+def current_rows(progress: float, rng: np.random.Generator) -> dict[str, list[dict]]:
+    def share(block: str, operand: str) -> float:
+        return 2e-4 * (1 + layer_of(block)) * (20 if operand.endswith(".g") else 1)
+
+    return {"gemms": gemm_rows(rng, "e4m3@tensor:current", share), "optimizer": []}
+
+
+def unscaled_rows(progress: float, rng: np.random.Generator) -> dict[str, list[dict]]:
+    def share(block: str, operand: str) -> float:
+        deep = 0.55 - 0.09 * layer_of(block)
+        return deep * (0.7 + 0.5 * progress) if operand.endswith(".g") else 0.01
+
+    rows = gemm_rows(rng, "e4m3", share, saturated=2e-6 * (1 + 40 * progress))
+    return {"gemms": rows, "optimizer": []}
+
+
+def nvfp4_rows(progress: float, rng: np.random.Generator) -> dict[str, list[dict]]:
+    def share(block: str, operand: str) -> float:
+        return 0.03 if operand.endswith(".g") else 0.02
+
+    return {"gemms": gemm_rows(rng, "e2m1@1x16:nvfp4", share), "optimizer": []}
+
+
+def six_runs(root: Path) -> list[Path]:
+    return [
+        write_run(root / "fp32", "fp32", scatter=0.0, speed=11800),
+        write_run(root / "bf16_weights", "bf16_weights", price=0.094, rows=bf16_rows),
+        write_run(
+            root / "bf16_weights_sr", "bf16_weights_sr", price=0.002, rows=bf16_sr_rows, speed=10400
+        ),
+        write_run(root / "te_current", "te_current", price=0.003, rows=current_rows, speed=10900),
+        write_run(root / "fp8_unscaled", "fp8_unscaled", price=0.2, rows=unscaled_rows),
+        write_run(
+            root / "nvfp4", "nvfp4", price=0.0102, scatter=0.02, rows=nvfp4_rows, speed=7900
+        ),
+    ]
