@@ -30,7 +30,7 @@ def attention(
     s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ · scaling + mask) v; query [B, H, T, D], key and value [B, G, S, D], G divides H.
+    """softmax(q kᵀ · scaling + mask) v; query [B, H, T, D], key, value [B, G, S, D], G divides H.
 
     QK and PV are quantized as the sites that halfulp.quantize left on `module` say; the softmax is
     fp32. Raises PolicyError for attention sinks, which no recipe describes.
@@ -40,10 +40,10 @@ def attention(
             f"{type(module).__name__} uses attention sinks, which halfulp does not quantize. Use a "
             "recipe whose attn_qk and attn_pv are fp32, so that the model keeps its own attention."
         )
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
-    scores = _product(module, "qk", query, key) * scaling
+    scores = _product(module, "qk", query, key) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:

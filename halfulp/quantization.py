@@ -1,10 +1,11 @@
-"""Apply a policy to a model in place: quantized linears, attention, tables and norms; and undo it."""
+"""Apply a policy to a model in place (linears, attention, tables, norms), and undo it."""
 
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,16 +27,17 @@ class QuantizedLinear(nn.Module):
     """Mixed into the class of nn.Linear or Conv1D: the three GEMMs run as `halfulp_site` says."""
 
     halfulp_site: Site | None
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
         site = self.halfulp_site
         if site is None or not site.clock.enabled:
-            return super().forward(x)
-        weight, bias = self.weight, self.bias
-        if not isinstance(self, nn.Linear):  # transformers' Conv1D stores [in, out]
-            weight = weight.t()
+            return super().forward(x)  # pyright: ignore[reportCallIssue]
+        # transformers' Conv1D stores [in, out]
+        weight = self.weight if isinstance(self, nn.Linear) else self.weight.t()
         rows = x.reshape(-1, x.shape[-1])
-        y = quantized_matmul(rows, weight, bias, site, self.training)
+        y = quantized_matmul(rows, weight, self.bias, site, self.training)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -120,26 +122,27 @@ class Quantized:
         module = self.model.get_submodule(name)
         if role in ("attn_qk", "attn_pv"):
             _use_attention(self.model, module)
-            setattr(module, f"halfulp_{role[5:]}", site)
+            vars(module)[f"halfulp_{role[5:]}"] = site
             return
         if not isinstance(module, QuantizedLinear):
             module.__class__ = _mixed(QuantizedLinear, type(module))
-        module.halfulp_site = site
+        vars(module)["halfulp_site"] = site
 
     def _attach_table(self, name: str, quantizer: Quantizer) -> None:
         module = self.model.get_submodule(name)
         if not isinstance(module, QuantizedTable):
             module.__class__ = _mixed(QuantizedTable, type(module))
-        module.halfulp_quantizer, module.halfulp_clock = quantizer, self.clock
-        module.halfulp_key = Key.of(self.seed, name)
+        vars(module)["halfulp_quantizer"] = quantizer
+        vars(module)["halfulp_clock"] = self.clock
+        vars(module)["halfulp_key"] = Key.of(self.seed, name)
 
     def _clear(self) -> None:
         """Every module computes as before, keeping its class (FSDP may have wrapped it)."""
         for module in self.model.modules():
             if isinstance(module, QuantizedLinear):
-                module.halfulp_site = None
+                vars(module)["halfulp_site"] = None
             if isinstance(module, QuantizedTable):
-                module.halfulp_quantizer = None
+                vars(module)["halfulp_quantizer"] = None
             for name in ("halfulp_qk", "halfulp_pv"):
                 module.__dict__.pop(name, None)
 
@@ -162,7 +165,7 @@ class Quantized:
         pairs = [pair for pair in histories(self.sites).values() if pair[0].seen is not None]
         if not pairs:
             return
-        amaxes = torch.stack([history.seen for history, _ in pairs])
+        amaxes = torch.stack([h.seen for h, _ in pairs if h.seen is not None])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(amaxes, dist.ReduceOp.MAX)
         for (history, q), amax in zip(pairs, amaxes.cpu(), strict=True):
@@ -267,9 +270,10 @@ def resolve(
     allow_partial: bool = False,
 ) -> Resolution:
     """Which recipe each GEMM and parameter of `model` gets; errors as in `quantize`."""
-    if not isinstance(policy, Policy):
-        is_file = isinstance(policy, Path) or policy.endswith(".toml")
-        policy = Policy.load(Path(policy)) if is_file else Policy.from_recipe(policy)
+    if isinstance(policy, str) and not policy.endswith(".toml"):
+        policy = Policy.from_recipe(policy)
+    elif not isinstance(policy, Policy):
+        policy = Policy.load(Path(policy))
     resolution = policy.resolve(block_map(model, hints))
     refuse_partial(resolution, allow_partial)
     return resolution
@@ -300,7 +304,7 @@ def unquantize(model: nn.Module) -> None:
         for name in [n for n in module.__dict__ if n.startswith("halfulp_")]:
             del module.__dict__[name]
     if (before := model.__dict__.pop("halfulp_attention", None)) is not None:
-        model.config._attn_implementation = before
+        model.config._attn_implementation = before  # pyright: ignore[reportAttributeAccessIssue]
     del model.__dict__["halfulp"]
 
 
@@ -309,7 +313,7 @@ def _use_attention(model: nn.Module, module: nn.Module) -> None:
 
     Raises PolicyError for models that do not go through transformers' attention interface.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     interface = "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
     if config is None or not interface:
         raise PolicyError(

@@ -75,15 +75,14 @@ class Site:
         for operand in OPERANDS:
             if (q := self.quantizer(operand)).scale == "delayed":
                 self.histories[operand] = History(torch.zeros(q.history), torch.ones(()))
-        names = {"fprop": "xw", "dgrad": "gw", "wgrad": "gx"}
-        self.gemms = {gemm: self._plan(gemm, *ab) for gemm, ab in names.items()}
+        names = {"fprop": ("x", "w"), "dgrad": ("g", "w"), "wgrad": ("g", "x")}
+        self.gemms = {gemm: self._plan(gemm, a, b) for gemm, (a, b) in names.items()}
         self.stochastic = any(self.quantizer(operand).stochastic for operand in OPERANDS)
 
     def _plan(self, gemm: str, a: str, b: str) -> tuple[str, Accumulation, Quantizer]:
-        pair = (self.quantizer(f"{gemm}_{side}") for side in (a, b))
+        qa, qb, out = (self.quantizer(f"{gemm}_{side}") for side in (a, b, "out"))
         accumulation = parse_accumulation(getattr(self.spec, f"{gemm}_accumulate"))
-        out: Quantizer = getattr(self.spec, f"{gemm}_out")
-        return choose_carrier(*pair, out, accumulation, self.carrier), accumulation, out
+        return choose_carrier(qa, qb, out, accumulation, self.carrier), accumulation, out
 
     def moment(self, training: bool, keys: Tensor | None) -> "Moment":
         """The clock's time. A traced graph keeps it in `keys`: an int would be a constant there."""
@@ -142,8 +141,8 @@ class Site:
         """x wᵀ in this GEMM's carrier, of operands that `quantize` made (raw ones for int8)."""
         carrier, accumulation, _ = self.gemms[gemm]
         if carrier == "int8":
-            pair = (self._encode(f"{gemm}_{o}", t, at) for o, t in ((a, x), (b, w)))
-            return multiply_int8(*pair)
+            left = self._encode(f"{gemm}_{a}", x, at)
+            return multiply_int8(left, self._encode(f"{gemm}_{b}", w, at))
         return multiply_bf16(x, w) if carrier == "bf16" else multiply(x, w, accumulation)
 
     def _encode(self, operand: str, x: Tensor, at: "Moment"):
@@ -231,9 +230,10 @@ def quantized_matmul(
 
 def _matmul(x: Tensor, w: Tensor, bias: Tensor | None, site: Site, training: bool) -> Tensor:
     keys = site.traced_keys() if torch.compiler.is_compiling() else None
-    tensors = (t if t is None else t.float() for t in (x, w, bias))
+    bias = None if bias is None else bias.float()
     with torch.autocast(x.device.type, enabled=False):
-        return QuantizedMatmul.apply(*tensors, keys, site, training).to(x.dtype)
+        y = QuantizedMatmul.apply(x.float(), w.float(), bias, keys, site, training)
+    return y.to(x.dtype)
 
 
 # Delayed scales are state that a traced graph cannot keep: these sites run between graphs.

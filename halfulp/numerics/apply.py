@@ -36,7 +36,7 @@ def apply_quantizer(
     * With `q.hadamard` the result is in the transformed domain.
     * `key`: for stochastic rounding; a Key, or an int32 tensor [2] in traced graphs.
     * `scale`: fp32 tensor [] for delayed scaling (see `delayed_scale`).
-    * A group (tensor, row, block, tile) that holds inf or NaN becomes NaN when its scale is current.
+    * A group (tensor, row, block, tile) that holds inf or NaN becomes NaN if its scale is current.
     * 2-D tiles run over the flattened leading dimensions; the last tile of a row may be partial.
 
     Raises FormatError for a dtype other than fp32, a missing key or scale, or a K that the

@@ -10,9 +10,9 @@ from functools import cache
 class Format:
     """A grid of numbers: sign, exponent, mantissa, and the rule beyond the largest value.
 
-    The grid is { ±k · 2^(e − mantissa_bits) : e ≥ smallest_exponent, k < 2^(mantissa_bits + 1) } up to
-    `largest`; values below 2^smallest_exponent are subnormal and keep the last step. Integers are
-    formats whose whole range is subnormal (smallest_exponent = mantissa_bits: step 1).
+    The grid is { ±k · 2^(e − mantissa_bits) : e ≥ smallest_exponent, k < 2^(mantissa_bits + 1) }
+    up to `largest`; values below 2^smallest_exponent are subnormal and keep the last step. Integers
+    are formats whose whole range is subnormal (smallest_exponent = mantissa_bits: step 1).
 
     `overflow` is what a finite value that rounds beyond `largest` becomes when the cast does not
     saturate: "inf", "nan", or "saturate" for formats that have neither. When the cast saturates

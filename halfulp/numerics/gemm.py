@@ -130,5 +130,5 @@ def encode(x: Tensor, q: Quantizer, key: Key | None, scale: Tensor | None = None
 
 def multiply_int8(a: Codes, b: Codes) -> Tensor:
     """a bᵀ with exact int32 sums, fp32 [M, N]."""
-    product = torch._int_mm(a.codes, b.codes.mT).float()
+    product = torch._int_mm(a.codes, b.codes.mT).float()  # pyright: ignore[reportPrivateImportUsage]
     return product.mul_(a.step).mul_(b.step if b.step.ndim == 0 else b.step.mT)

@@ -5,8 +5,8 @@ Semantics, for x of fp32 and a format with m mantissa bits, smallest exponent e 
 
 * nearest: ties to even, subnormals included; truncate: toward zero.
 * stochastic: the two neighbors of x bracket it and P(up) = (x − low) / step. For formats with 8
-  exponent bits all 23 − m discarded bits decide (exact); for the others 22 random bits do: exact in
-  the normal range, |bias| ≤ 2^-23 step among the format's subnormals. Values on the grid never move.
+  exponent bits all 23 − m discarded bits decide (exact); for the others 22 random bits do: exact
+  in the normal range, |bias| ≤ 2^-23 step among the format's subnormals. Values on the grid stay.
 * beyond L: saturating casts give ±L (for ±inf too); others ±inf, NaN (formats without inf), or ±L
   (formats with neither). Truncation never leaves L for a finite x.
 * NaN stays NaN; −0 stays −0.
@@ -41,8 +41,8 @@ def round_to(
     """`x` rounded element by element to `format`, without a scale; same shape and dtype as `x`.
 
     * `rounding`: nearest (ties to even), stochastic (needs `key`) or truncate.
-    * `key`: Key.of(seed, name).fold(step); element i of the flattened tensor uses word index + i, so
-      a shard that starts at element `index` of the whole tensor rounds as the whole does.
+    * `key`: Key.of(seed, name).fold(step); element i of the flattened tensor uses word index + i,
+      so a shard that starts at element `index` of the whole tensor rounds as the whole does.
     * `saturate`: default is the format's (`Format.saturates`).
     * `out`: a contiguous fp32 tensor of the same shape, which may be `x` itself.
     * No gradient flows through; `halfulp.quantize` holds the straight-through estimator.
@@ -153,7 +153,7 @@ def random_words(x: Tensor, key: Tensor, index: int = 0) -> Tensor:
 def round_definition(
     x: Tensor, fmt: Format, rounding: str, saturate: bool, random: Tensor | None
 ) -> Tensor:
-    """The definition on fp32 `x` with one int32 random word per element (None unless stochastic)."""
+    """The definition on fp32 `x`; `random`: one int32 word per element if stochastic, else None."""
     if fmt.is_identity:
         return x.clone()
     saturate = saturate or fmt.overflow == "saturate"

@@ -10,12 +10,16 @@ from halfulp.report.read import Counts, Record, Site
 
 @dataclass(frozen=True)
 class Counter:
-    """A counter in words; shares from `warn` on are raised, from `act` on they are high."""
+    """A counter in words; shares from `warn` on are raised, from `act` on they are high.
+
+    Shares below `faint` are drawn like `faint`.
+    """
 
     key: str
     title: str
     warn: float
     act: float
+    faint: float
     meaning: str
 
 
@@ -25,6 +29,7 @@ COUNTERS = (
         "Lost updates",
         0.1,
         0.5,
+        1e-3,
         "Share of the weights whose nonzero update was rounded away, so that the optimizer asked "
         "and nothing moved.",
     ),
@@ -33,6 +38,7 @@ COUNTERS = (
         "Underflow",
         0.05,
         0.5,
+        1e-4,
         "Share of the nonzero elements that the format rounds to zero. "
         "Each cell is the worst operand of the block.",
     ),
@@ -41,6 +47,7 @@ COUNTERS = (
         "Saturation",
         1e-5,
         1e-2,
+        1e-6,
         "Share of the elements beyond the largest number of the scaled format. "
         "Each cell is the worst operand of the block.",
     ),
@@ -49,6 +56,7 @@ COUNTERS = (
         "Second moments at zero",
         1e-9,
         1e-3,
+        1e-6,
         "Share of the second moments that are zero although the gradient is not: "
         "these updates explode.",
     ),

@@ -16,7 +16,7 @@ from halfulp.report.svg import CARD, INK, MUTED, figure, render, series_style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, LEFT, RIGHT = 1080, 58, 210
+WIDTH, LEFT, RIGHT = 1080, 58, 176
 LOSS_HEIGHT, PRICE_HEIGHT, TOP, GAP, BOTTOM = 290, 270, 34, 58, 46
 LABEL_GAP = 17  # pixels between the baselines of two labels
 MOST_POINTS = 600  # a longer curve is drawn by every so many-th smoothed point
@@ -75,7 +75,7 @@ def _styles(prices: Sequence[Price]) -> dict[str, tuple[str, Any]]:
 
 
 def _window(end: int) -> int:
-    return max(1, end // 40) | 1
+    return max(1, end // 25) | 1
 
 
 def _axes(drawing: Any, height: int, top: int, size: int) -> "Axes":
@@ -162,7 +162,7 @@ def _differences(
     axes.set_yticks(ticks)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:+g}" if y else "0"))
     axes.yaxis.set_minor_locator(_none())
-    text = f"within ±{bar_nats:g}: no price worth a name"
+    text = f"gray: within ±{bar_nats:g}"
     axes.text(
         0.008, -bar_nats * 0.93, text, transform=axes.get_yaxis_transform(),
         color=MUTED, fontsize=11, va="bottom",
@@ -187,9 +187,7 @@ def _held_out_dots(axes: "Axes", price: Price, color: str) -> None:
     if price.reference is None:
         return
     mine, theirs = price.run.held_out.finite(), price.reference.held_out.finite()
-    steps, i, j = np.intersect1d(
-        mine.steps, theirs.steps, assume_unique=True, return_indices=True
-    )
+    steps, i, j = np.intersect1d(mine.steps, theirs.steps, assume_unique=True, return_indices=True)
     values = mine.values[i] - theirs.values[j]
     axes.plot(
         steps, values, "o", ms=5, mfc=CARD, mec=color, mew=1.5, ls="", clip_on=False, zorder=3

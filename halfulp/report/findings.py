@@ -56,7 +56,7 @@ def _overall(prices: Sequence[Price], bar_nats: float) -> Finding:
         return Finding(UNKNOWN, _alone(prices), "", "overall", caveat=_SEED)
     verdicts = [p.verdict for p in judged]
     verdict = FAIL if FAIL in verdicts else (UNKNOWN if UNKNOWN in verdicts else PASS)
-    text = f"{_tally(judged, bar_nats)} {_worst(judged)}".strip()
+    text = " ".join(filter(None, (_tally(judged, bar_nats), _worst(judged), _stand_in(judged))))
     counts = {name: float(verdicts.count(name)) for name in (PASS, FAIL, UNKNOWN)}
     return Finding(verdict, text, "", "overall", {**counts, "bar_nats": bar_nats}, _SEED)
 
@@ -92,6 +92,11 @@ def _tally(judged: Sequence[Price], bar_nats: float) -> str:
     return f"{some} of {words.count(len(judged))} recipes {verb} {bar}."
 
 
+def _stand_in(judged: Sequence[Price]) -> str:
+    names = {p.reference.label for p in judged if p.reference and p.reference.recipe != "fp32"}
+    return f"No run is fp32: what {names.pop()} itself costs is unknown." if names else ""
+
+
 def _worst(judged: Sequence[Price]) -> str:
     broken = [p.run.label for p in judged if p.run.diverged]
     failed = [p for p in judged if p.verdict == FAIL and math.isfinite(p.nats)]
@@ -115,8 +120,9 @@ def _price(price: Price, bar_nats: float) -> Finding:
         return Finding(FAIL, _broken(record), record.label, "price", _broken_evidence(record))
     if reference is None or not math.isfinite(price.nats):
         loss = record.held_out.finite().values
-        seen = f" Held-out loss: {loss[-1]:.3f} nats." if len(loss) else ""
-        text = f"{record.label} has no price: {price.why}.{seen}"
+        seen = f" Its held-out loss is {loss[-1]:.3f} nats." if len(loss) else ""
+        told = "is the reference" if price.is_reference else f"has no price: {price.why}"
+        text = f"{record.label} {told}.{seen}"
         return Finding(UNKNOWN, text, record.label, "price", _evidence(price))
     side = "above" if price.nats >= 0 else "below"
     interval = f"{words.nats(abs(price.nats))} ± {_half(price.half_width)} nats {side}"
@@ -158,7 +164,8 @@ def _broken(record: Record) -> str:
     what = event.get("what") or "a number"
     losses = record.loss.finite().values
     last = f" The last finite training loss was {losses[-1]:.3f} nats." if len(losses) else ""
-    return f"{record.label} broke down at step {event.get('step', record.last_step):,}: {what} was not finite{block}.{last}"
+    step = event.get("step", record.last_step)
+    return f"{record.label} broke down at step {step:,}: {what} was not finite{block}.{last}"
 
 
 def _broken_evidence(record: Record) -> dict[str, float | str]:

@@ -40,7 +40,11 @@ def join(*children: Child) -> Markup:
 
 
 def table(
-    head: list[Child], rows: list[list[Child]], *, numeric: frozenset[int] = frozenset(), caption: str
+    head: list[Child],
+    rows: list[list[Child]],
+    *,
+    numeric: frozenset[int] = frozenset(),
+    caption: str,
 ) -> Markup:
     """A table with a caption; the columns in `numeric` are aligned as numbers, the first is a header."""
 

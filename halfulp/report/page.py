@@ -151,8 +151,8 @@ def _loudest(found: Sequence[Finding], counter: Counter) -> _Number | None:
     operand = str(worst.evidence.get("operand", ""))
     what = {
         "lost_updates": "of the updates were lost",
-        "underflow": f"of the nonzero {words.operand(operand)} became zero",
-        "saturation": f"of the {words.operand(operand)} saturated",
+        "underflow": f"of the {words.kind(operand)} became zero",
+        "saturation": f"of the {words.kind(operand)} saturated",
     }[counter.key]
     return share, what, f"{worst.run}: worst {worst.evidence.get('worst')}, {top}"
 
@@ -184,7 +184,7 @@ def _observed(found: Sequence[Finding]) -> Markup:
         tag(
             "li",
             tag("span", mark(f.verdict, ""), tag("span", f"{f.verdict}: ", class_="hidden")),
-            tag("span", f.sentence),
+            tag("span", _name_first(f)),
         )
         for f in found[1:]
     ]
@@ -194,6 +194,14 @@ def _observed(found: Sequence[Finding]) -> Markup:
         tag("p", " ".join(caveats), class_="lead") if caveats else None,
         tag("div", tag("ul", *items, class_="findings"), class_="card"),
     )
+
+
+def _name_first(finding: Finding) -> Child:
+    """The sentence with the run's name in bold where it leads."""
+    rest = finding.sentence.removeprefix(finding.run)
+    if not finding.run or rest == finding.sentence:
+        return finding.sentence
+    return join(tag("b", finding.run), rest)
 
 
 def _losses(prices: Sequence[Price], bar_nats: float) -> Markup | None:

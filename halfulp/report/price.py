@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,12 +36,16 @@ class Price:
     half_width: float  # 95 %, from the scatter of the paired step differences
     scatter: Mean
     step: int
+    is_reference: bool  # others are compared with it
     caught_up: int  # step at which the reference already had the run's last held-out loss; 0 = none
 
 
 def price_all(records: Sequence[Record], bar_nats: float) -> list[Price]:
     """The price of every run, in order; references have the verdict "could not tell" and no nats."""
-    return [price(record, reference_of(record, records), bar_nats) for record in records]
+    references = [reference_of(record, records) for record in records]
+    prices = [price(*pair, bar_nats) for pair in zip(records, references, strict=True)]
+    used = [reference for reference in references if reference is not None]
+    return [replace(p, is_reference=any(p.run is reference for reference in used)) for p in prices]
 
 
 def reference_of(record: Record, records: Sequence[Record]) -> Record | None:
@@ -78,6 +82,7 @@ def price(record: Record, reference: Record | None, bar_nats: float) -> Price:
         half_width=scatter.half_width,
         scatter=scatter,
         step=common,
+        is_reference=False,
         caught_up=_caught_up(record, reference, common, delta),
     )
 
@@ -136,7 +141,9 @@ def _obstacle(record: Record, reference: Record | None, common: int, scatter: Me
     if record.state != "finished":
         return f"it is not finished: {progress(record)}"
     if reference is None:
-        return "it is the reference" if record.recipe == "fp32" else "there is no fp32 run beside it"
+        return (
+            "it is the reference" if record.recipe == "fp32" else "there is no fp32 run beside it"
+        )
     if reference.diverged or reference.state != "finished":
         what = "broke down" if reference.diverged else f"is not finished: {progress(reference)}"
         return f"its reference {reference.label} {what}"
@@ -153,7 +160,7 @@ def _obstacle(record: Record, reference: Record | None, common: int, scatter: Me
 
 
 def progress(record: Record) -> str:
-    """"step 310 of 500"."""
+    """ "step 310 of 500"."""
     planned = f" of {record.planned_steps:,}" if record.planned_steps else ""
     return f"step {record.last_step:,}{planned}"
 

@@ -59,20 +59,21 @@ def student(freedom: float) -> float:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centered moving average; near the ends the window shrinks symmetrically."""
-    n = len(values)
-    index = np.arange(n)
-    half = np.minimum(np.minimum(index, n - 1 - index), window // 2)
+    """Centered moving average; near the ends over the part of the window that exists."""
+    first, stop = _windows(len(values), window)
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=float)])
-    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+    return (sums[stop] - sums[first]) / (stop - first)
 
 
 def band(values: np.ndarray, window: int) -> np.ndarray:
     """95 % half-width of `smooth(values, window)` from the scatter within each window."""
-    center = smooth(values, window)
-    residual = values - center
-    time = autocorrelation_time(residual)
+    residual = values - smooth(values, window)
     scatter = np.sqrt(np.maximum(smooth(residual**2, max(window, 25)), 0.0))
-    index = np.arange(len(values))
-    size = 2 * np.minimum(np.minimum(index, len(values) - 1 - index), window // 2) + 1
-    return 1.959964 * scatter / np.sqrt(np.maximum(size / time, 1.0))
+    first, stop = _windows(len(values), window)
+    effective = np.maximum((stop - first) / autocorrelation_time(residual), 1.0)
+    return 1.959964 * scatter / np.sqrt(effective)
+
+
+def _windows(n: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+    index = np.arange(n)
+    return np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, n)

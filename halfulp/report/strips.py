@@ -16,21 +16,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, LEFT, VALUE, GUTTER = 1080, 104, 52, 22
-ROW, TOP, BOTTOM = 15, 74, 42
-PANELS = 3  # side by side; more runs continue below
+ROW, TOP, BOTTOM = 15, 66, 42
 MOST_ROWS = 40
-SMALLEST = 1e-6  # shares below are drawn like this one
 _LOW, _HIGH = (0xE6, 0x9F, 0x00), (0xC4, 0x4A, 0x00)  # orange to vermillion
 
 
 def strip_figure(counter: Counter, strips: Sequence[Strip], name: str) -> Markup:
     """All panels of one counter with a shared color bar; each row ends with its share in words."""
     blocks = _rows(strips)
-    lines = math.ceil(len(strips) / PANELS)
+    columns = {1: 1, 2: 2, 4: 2}.get(len(strips), 3)
+    lines = math.ceil(len(strips) / columns)
     panel = TOP + len(blocks) * ROW + BOTTOM
     with figure(WIDTH, lines * panel) as drawing:
         for i, strip in enumerate(strips):
-            _panel(drawing, counter, strip, blocks, i, lines * panel)
+            _panel(drawing, counter, strip, blocks, divmod(i, columns), (columns, lines * panel))
         _color_bar(drawing, counter, lines * panel)
         return render(drawing, name, _describe(counter, strips))
 
@@ -59,10 +58,16 @@ def _describe(counter: Counter, strips: Sequence[Strip]) -> str:
 
 
 def _panel(
-    drawing: "Figure", counter: Counter, strip: Strip, blocks: list[str], index: int, height: int
+    drawing: "Figure",
+    counter: Counter,
+    strip: Strip,
+    blocks: list[str],
+    place: tuple[int, int],
+    frame: tuple[int, int],
 ) -> None:
-    row, column = divmod(index, PANELS)
-    inner = (WIDTH - LEFT - PANELS * VALUE - (PANELS - 1) * GUTTER) / PANELS
+    """The panel in row and column `place`; `frame` = columns of panels and height of the figure."""
+    (row, column), (columns, height) = place, frame
+    inner = (WIDTH - LEFT - columns * VALUE - (columns - 1) * GUTTER) / columns
     left = LEFT + column * (inner + VALUE + GUTTER)
     size = len(blocks) * ROW
     top = row * (TOP + size + BOTTOM) + TOP
@@ -74,7 +79,8 @@ def _panel(
         if block in blocks:
             table[blocks.index(block)] = shares
             pooled[block] = float(share)
-    axes.imshow(colors(table), aspect="auto", interpolation="none", extent=_extent(strip, blocks))
+    cells = colors(table, counter.faint)
+    axes.imshow(cells, aspect="auto", interpolation="none", extent=_extent(strip, blocks))
     _ticks(axes, strip, blocks, labels=column == 0)
     for k, block in enumerate(blocks):
         _value(axes, counter, k, pooled.get(block))
@@ -107,7 +113,7 @@ def _ticks(axes: Any, strip: Strip, blocks: list[str], *, labels: bool) -> None:
     names = [short(printable(block)) for block in blocks]
     axes.set_yticklabels(names if labels else [], fontsize=10.5)
     axes.tick_params(axis="y", pad=5)
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set_xlabel("step", labelpad=2, fontsize=11)
     for k in range(len(blocks) + 1):
@@ -138,28 +144,30 @@ def _value(axes: Any, counter: Counter, row: int, share: float | None) -> None:
     )
 
 
-def colors(shares: np.ndarray) -> np.ndarray:
-    """RGBA per cell: log scale from `SMALLEST` to 1; zero and "not counted" are transparent."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        decades = np.log10(np.clip(shares, SMALLEST, 1.0)) - math.log10(SMALLEST)
-    part = np.nan_to_num(decades / -math.log10(SMALLEST))
-    mix = part[..., None] ** 1.5
+def colors(shares: np.ndarray, faint: float) -> np.ndarray:
+    """RGBA per cell: log scale from `faint` to 1; zero and "not counted" are transparent."""
+    part = np.log10(np.clip(np.nan_to_num(shares), faint, 1.0) / faint) / -math.log10(faint)
+    mix = part[..., None]
     rgb = np.array(_LOW) * (1 - mix) + np.array(_HIGH) * mix
-    alpha = np.where(np.nan_to_num(shares) > 0, 0.06 + 0.94 * part**2, 0.0)
+    alpha = np.where(np.nan_to_num(shares) > 0, 0.08 + 0.92 * part**1.6, 0.0)
     return np.concatenate([rgb, 255 * alpha[..., None]], axis=-1).round().astype(np.uint8)
 
 
 def _color_bar(drawing: "Figure", counter: Counter, height: int) -> None:
-    size = 250
-    area = ((WIDTH - size) / WIDTH, 1 - 18 / height, size / WIDTH, 9 / height)
+    size, right, top = 260, 34, 12
+    area = ((WIDTH - size - right) / WIDTH, 1 - top / height, size / WIDTH, 9 / height)
     axes = drawing.add_axes(area)
-    scale = np.logspace(math.log10(SMALLEST), 0, 121)[None, :]
-    axes.imshow(colors(scale), aspect="auto", interpolation="none", extent=(-6, 0, 0, 1))
+    least = round(math.log10(counter.faint))
+    scale = np.logspace(least, 0, 121)[None, :]
+    cells = colors(scale, counter.faint)
+    axes.imshow(cells, aspect="auto", interpolation="none", extent=(least, 0, 0, 1))
     axes.grid(visible=False)
     axes.set_yticks([])
-    axes.set_xticks([-6, -4, -2, -1, 0], ["≤10⁻⁴ %", "0.01 %", "1 %", "10 %", "100 %"], fontsize=10)
+    decades = range(least, 1) if least > -5 else range(least, 1, 2)
+    labels = [f"{100 * 10.0**d:g} %" for d in decades]
+    axes.set_xticks(list(decades), [f"≤ {labels[0]}", *labels[1:]], fontsize=10)
     axes.tick_params(axis="x", length=3, pad=2)
     axes.spines["bottom"].set_visible(False)
     for share in (counter.warn, counter.act):
-        if share >= SMALLEST:
+        if share >= counter.faint:
             axes.axvline(math.log10(share), color=INK, lw=1.5)

@@ -31,7 +31,7 @@ h1 {
 }
 h2 { font-size: 20px; font-weight: 650; letter-spacing: -0.005em; margin: 44px 0 4px; }
 h3 { font-size: 15px; font-weight: 650; margin: 0 0 2px; }
-.lead { color: var(--muted); max-width: 50em; margin: 0 0 14px; }
+.lead { color: var(--muted); max-width: 62em; margin: 0 0 14px; text-wrap: pretty; }
 .verdicts { display: flex; flex-wrap: wrap; gap: 4px 28px; margin: 0 0 22px; padding: 0; }
 .verdicts div { display: flex; gap: 8px; }
 .verdicts dt { font-weight: 600; white-space: nowrap; }

@@ -12,6 +12,7 @@ from halfulp.report.html import Child, Markup, join, table, tag
 from halfulp.report.price import FAIL, PASS, Price, flatten, progress
 from halfulp.report.read import Record
 
+_EVERY_OPERAND = {"fprop.x", "fprop.w", "dgrad.g", "dgrad.w", "wgrad.g", "wgrad.x"}
 _MARKS = {PASS: ("✓", "pass"), FAIL: ("✕", "fail")}
 
 
@@ -46,7 +47,7 @@ def _run_row(price: Price, paired: bool) -> list[Child]:
 
 def _verdict(price: Price) -> Markup:
     fine = not price.run.diverged and price.run.state == "finished"
-    if price.reference is None and price.run.recipe == "fp32" and fine:
+    if price.is_reference and fine:
         return tag("span", "reference", class_="verdict unknown")
     return mark(price.verdict)
 
@@ -73,9 +74,7 @@ def _meaning(price: Price) -> Child:
     if price.verdict != FAIL:
         return "the ± reaches across the bar"
     there = f"{price.reference.label} was there at step {price.caught_up:,}"
-    return join(
-        words.perplexity(price.nats), tag("small", there) if price.caught_up else None
-    )
+    return join(words.perplexity(price.nats), tag("small", there) if price.caught_up else None)
 
 
 def _ending(record: Record) -> Child:
@@ -106,21 +105,23 @@ def strip_table(strips: Sequence[Strip], title: str) -> Markup:
 
 def policy_table(records: Sequence[Record]) -> Markup | None:
     """Which recipe governs which blocks, and the formats the counters saw there; None = unknown."""
-    rows: list[list[Child]] = []
-    for record in records:
-        rules = [rule for rule in record.summary.get("policy") or () if len(rule) >= 3]
-        seen = _formats(record)
-        for match, recipe, gemms in rules or [("–", record.recipe, "–")]:
-            count = len(gemms) if isinstance(gemms, (list, tuple)) else gemms
-            rows.append([record.label, tag("code", str(match)), str(recipe), str(count), seen])
-            seen = Markup("")
     if not any(r.summary.get("policy") or r.formats for r in records):
         return None
-    head: list[Child] = ["run", "blocks", "recipe", "GEMMs", "formats counted"]
-    return table(head, rows, numeric=frozenset({3}), caption="Policy: who is rounded where")
+    rows: list[list[Child]] = [[r.label, _rules(r), _formats(r)] for r in records]
+    head: list[Child] = ["run", "blocks → recipe", "formats that the counters saw"]
+    return table(head, rows, caption="Policy: who is rounded where")
 
 
-def _formats(record: Record) -> Markup:
+def _rules(record: Record) -> Child:
+    lines = []
+    for match, recipe, gemms, *_ in record.summary.get("policy") or ():
+        count = len(gemms) if isinstance(gemms, (list, tuple)) else gemms
+        noun = "GEMM" if count == 1 else "GEMMs"
+        lines.append(tag("div", tag("code", match), f" → {recipe}, {count} {noun}"))
+    return join(*lines) if lines else "–"
+
+
+def _formats(record: Record) -> Child:
     """Formats with the operands that use them, one line each."""
     users: dict[str, list[str]] = {}
     for operand, formats in record.formats.items():
@@ -129,22 +130,20 @@ def _formats(record: Record) -> Markup:
     lines = [
         tag("div", tag("code", form), " ", _operands(operands)) for form, operands in users.items()
     ]
-    return join(*lines) if lines else Markup("nothing counted")
+    return join(*lines) if lines else "–"
 
 
 def _operands(names: list[str]) -> str:
-    everything = {f"{g}.{o}" for g, o in zip(("fprop", "dgrad", "wgrad"), ("xw", "gw", "gx"))
-                  for o in o}  # fmt: skip
-    if everything <= set(names):
-        rest = [n for n in names if n not in everything]
-        return ", ".join(["every GEMM operand", *rest])
+    if set(names) >= _EVERY_OPERAND:
+        return ", ".join(["every GEMM operand", *(n for n in names if n not in _EVERY_OPERAND)])
     return ", ".join("stored weights" if name == "weight" else name for name in names)
 
 
 def differences_table(records: Sequence[Record]) -> Markup | None:
     """Configuration keys that are not the same in all runs; None if there are none."""
     flat = [flatten(record.config) for record in records]
-    keys = list(dict.fromkeys(key for config in flat for key in config))
+    # Where a run lies is no difference between runs.
+    keys = list(dict.fromkeys(k for config in flat for k in config if not k.startswith("run.")))
     apart = [k for k in keys if any(c.get(k) != flat[0].get(k) for c in flat)]
     if not apart:
         return None

@@ -51,14 +51,18 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if math.isfinite(value) else "–"
 
 
+def kind(operand: str) -> str:
+    """ "wgrad.g" in words: "output gradients"."""
+    return OPERANDS.get(operand.rpartition(".")[2], operand)
+
+
 def operand(name: str) -> str:
-    """"wgrad.g" in words: "output gradients (wgrad.g)"."""
-    kind = OPERANDS.get(name.rpartition(".")[2])
-    return f"{kind} ({name})" if kind else name
+    """ "wgrad.g" in words, and as it is: "output gradients (wgrad.g)"."""
+    return name if kind(name) == name else f"{kind(name)} ({name})"
 
 
 def listing(names: Sequence[str], *, most: int = 6) -> str:
-    """"a, b and c"; the tail of a long list is counted, not named."""
+    """ "a, b and c"; the tail of a long list is counted, not named."""
     if len(names) > most:
         names = [*names[: most - 1], f"{len(names) - most + 1} more"]
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
