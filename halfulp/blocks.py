@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from torch import nn
 
@@ -140,7 +141,7 @@ def _walk(model: nn.Module) -> Iterator[_Site]:
             continue
         seen.add(id(site.module))
         yield site
-        children = [(name, child) for name, child in site.module.named_children()]
+        children = list(site.module.named_children())
         stack = site.stack is None and _is_stack(site.module)
         experts = any(name.endswith("experts") for name, _ in children)
         for name, child in reversed(children):
@@ -277,17 +278,13 @@ class _Survey:
         )
 
     def _number_stacks(self) -> tuple[dict[str | None, int], int]:
-        sizes: dict[str, int] = {}
+        sizes: dict[str | None, int] = {}
         for placed in [*self.parameters.values(), *self.gemms]:
             if placed.site.stack is not None and placed.kind.parts[0] not in _OUTER_TYPES:
                 stack = placed.site.stack
                 sizes[stack] = max(sizes.get(stack, 0), placed.site.index + 1)
-        offsets: dict[str | None, int] = {}
-        total = 0
-        for stack, size in sizes.items():
-            offsets[stack] = total
-            total += size
-        return offsets, total
+        starts = accumulate(sizes.values(), initial=0)
+        return dict(zip(sizes, starts, strict=False)), sum(sizes.values())
 
 
 def _matrix(parameter: nn.Parameter) -> str:

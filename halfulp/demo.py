@@ -10,7 +10,7 @@ from halfulp.train.config import TrainConfig, load_config
 from halfulp.train.loop import Summary, train
 from halfulp.train.open import free_directory
 
-RECIPES = ("fp32", "bf16_weights", "bf16_weights_sr", "te_current", "fp8_unscaled", "nvfp4")
+RECIPES = ("fp32", "bf16_weights", "bf16_weights_sr", "te_current", "fp8_unscaled", "nvfp4_all")
 
 
 @dataclass(frozen=True)

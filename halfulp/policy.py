@@ -80,12 +80,14 @@ class Decision(NamedTuple):
 class Resolution:
     """What a policy decides for one model.
 
-    `rules` are those of the policy with every `keep` spelled out as a rule of its own. `embeds`
-    and `norms` map modules to the quantizer of their table or affine parameters.
+    `rules` are those of the policy with every `keep` spelled out as a rule of its own.
+    `parameters` and `blocks` map every parameter to its recipe and its block; `embeds` and `norms`
+    map modules to the quantizer of their table or affine parameters.
     """
 
     gemms: tuple[Decision, ...]
     parameters: Mapping[str, Recipe]
+    blocks: Mapping[str, str]
     embeds: Mapping[str, Quantizer]
     norms: Mapping[str, Quantizer]
     rules: tuple[Rule, ...]
@@ -211,6 +213,7 @@ class Policy:
         return Resolution(
             gemms=tuple(gemms),
             parameters=parameters,
+            blocks=blocks.parameters,
             embeds={module: recipes[block].embed for module, block in blocks.embeddings.items()},
             norms={module: recipes[block].norm for module, block in blocks.norms.items()},
             rules=rules,

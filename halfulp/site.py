@@ -77,6 +77,8 @@ class Site:
                 self.histories[operand] = History(torch.zeros(q.history), torch.ones(()))
         names = {"fprop": ("x", "w"), "dgrad": ("g", "w"), "wgrad": ("g", "x")}
         self.gemms = {gemm: self._plan(gemm, a, b) for gemm, (a, b) in names.items()}
+        keys = (Key.of(self.seed, f"{self.name}/{operand}") for operand in OPERANDS)
+        self.bases = torch.stack([key.tensor() for key in keys])
         self.stochastic = any(self.quantizer(operand).stochastic for operand in OPERANDS)
 
     def _plan(self, gemm: str, a: str, b: str) -> tuple[str, Accumulation, Quantizer]:
@@ -110,9 +112,8 @@ class Site:
         """The keys of all operands at the clock's time as int32 [6, 2], computed in the graph."""
         if not self.stochastic:
             return None
-        clock = self.clock.tensor
-        bases = (Key.of(self.seed, f"{self.name}/{o}").tensor(clock.device) for o in OPERANDS)
-        return torch.stack([fold_tensor(fold_tensor(k, clock[0]), clock[1]) for k in bases])
+        step, micro = self.clock.tensor[0], self.clock.tensor[1]
+        return fold_tensor(fold_tensor(self.bases, step), micro)
 
     def quantize(self, operand: str, x: Tensor, at: "Moment") -> Tensor:
         q = self.quantizer(operand)
@@ -194,7 +195,8 @@ class QuantizedMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (x, w, keys), site = ctx.saved_tensors, ctx.site
-        at = Moment(*ctx.moment, keys)
+        step, micro, training, counting = ctx.moment
+        at = Moment(step, micro, training, counting, keys)
         g = g.contiguous()
         dx = dw = dbias = gq = None
         if ctx.needs_input_grad[0]:

@@ -45,6 +45,7 @@ def test_every_recipe_resolves(architecture: str, name: str):
     resolution = Policy.from_recipe(name).resolve(blocks)
     assert [d.gemm for d in resolution.gemms] == list(blocks.gemms)
     assert list(resolution.parameters) == list(blocks.parameters)
+    assert resolution.blocks == blocks.parameters
     assert set(resolution.embeds) == set(blocks.embeddings)
     assert set(resolution.norms) == set(blocks.norms)
     for gemm, decided, spec, rule in resolution.gemms:

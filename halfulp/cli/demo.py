@@ -11,7 +11,10 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Directory; a new numbered one.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the demo at --out.")] = False,
 ) -> None:
-    """Train one small model six times, in six precisions, and report what each one lost."""
+    """Compare six precisions of one small model.
+
+    Trains it six times on the same tokens and reports what each precision lost.
+    """
     from transformers.utils import logging
 
     from halfulp.cli.progress import Progress

@@ -25,7 +25,10 @@ _COLUMNS = (
 def formats(
     name: Annotated[str | None, typer.Argument(help="One format, such as e4m3 or e5m7.")] = None,
 ) -> None:
-    """List number formats: bits, unit roundoff u, range, and what a too large value becomes."""
+    """List the number formats, or show one.
+
+    Bits, unit roundoff u, range, and what a too large value becomes.
+    """
     from halfulp.numerics.format import FORMATS, get_format
 
     shown = list(FORMATS) if name is None else [name]

@@ -4,7 +4,10 @@ from halfulp.cli.show import print_table
 
 
 def info() -> None:
-    """Show versions, the rounding kernel in use and why, threads and GPUs."""
+    """Show versions, kernel, threads and GPUs.
+
+    Says which kernel rounds and why.
+    """
     from halfulp.run import environment
 
     facts = environment()

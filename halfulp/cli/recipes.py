@@ -10,7 +10,10 @@ from halfulp.cli.show import print_table
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show everything that it rounds.")] = None,
 ) -> None:
-    """List the named recipes, or show one: operands, storage, what stays high, what is missing."""
+    """List the named recipes, or show one.
+
+    Shows what it rounds: operands, storage, what stays high, and what is not simulated.
+    """
     from halfulp.policy import load_recipe, recipe_names
 
     if name is None:

@@ -12,7 +12,10 @@ def report(
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
-    """Write a self-contained HTML comparison of runs and print what it finds."""
+    """Write an HTML page that compares runs.
+
+    The page needs no network. What it finds is also printed.
+    """
     from halfulp.report import findings, write_report
 
     path = write_report(runs, out, title=title, force=force)

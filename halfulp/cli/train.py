@@ -41,7 +41,10 @@ def train(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run at --out.")] = False,
 ) -> None:
-    """Train a language model with the precision that a recipe or policy gives each block."""
+    """Train with the precision of a recipe or policy.
+
+    Under torchrun the processes share the work. Ctrl-C finishes the step and writes a checkpoint.
+    """
     named = {
         "model": {"preset": model},
         "data": {"source": data or None},

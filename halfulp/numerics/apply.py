@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from halfulp.errors import FormatError
-from halfulp.numerics import kernel
+from halfulp.numerics import kernel, op  # noqa: F401 (op registers halfulp::quantize)
 from halfulp.numerics.hadamard import hadamard
 from halfulp.numerics.quantizer import Quantizer
 from halfulp.numerics.random import Key
@@ -45,6 +45,8 @@ def apply_quantizer(
     if x.dtype is not torch.float32:
         raise FormatError(f"quantizers work on fp32 tensors; found {x.dtype}. Convert it first.")
     check_rounding(q.rounding, key)
+    if torch.compiler.is_compiling() and x.is_cpu and out is None:
+        return torch.ops.halfulp.quantize(x, str(q), key, scale)
     if (q.scale == "delayed") != (scale is not None):
         raise FormatError(f"{q}: scale= belongs to delayed scaling, and only to it.")
     if q.hadamard:

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from halfulp.errors import FormatError
-from halfulp.numerics.apply import scales
-from halfulp.numerics.format import Format, get_format
-from halfulp.numerics.quantizer import Quantizer
+from halfulp.numerics.apply import apply_quantizer, scales
+from halfulp.numerics.quantizer import Quantizer, parse_quantizer
 from halfulp.numerics.random import Key
 from halfulp.numerics.rounding import round_to
 
 # Hopper's FP8 tensor cores keep about 13 fraction bits and truncate (DeepSeek-V3, 2412.19437 §3.5).
-_ACCUMULATOR: Format = get_format("e8m13")
+_ACCUMULATOR = parse_quantizer("e8m13:truncate")
 _FAST_CHUNK = 32  # K of one FP8 tensor-core instruction
 _SPLIT_CHUNK = 128  # K after which Transformer Engine's split accumulator adds in fp32
 CARRIERS = ("fp32", "exact")
@@ -74,7 +73,7 @@ def multiply(a: Tensor, b: Tensor, accumulation: Accumulation = Accumulation()) 
 
 
 def _truncate(x: Tensor) -> Tensor:
-    return round_to(x.contiguous(), _ACCUMULATOR, rounding="truncate")
+    return apply_quantizer(x, _ACCUMULATOR)
 
 
 def choose_carrier(

@@ -75,9 +75,9 @@ def words(index: Tensor, k0: Tensor | int, k1: Tensor | int) -> Tensor:
 
 
 def fold_tensor(key: Tensor, number: Tensor) -> Tensor:
-    """`Key.fold` on int32 tensors: key [2], number []; gives [2]."""
-    shifted = number + _signed(_GOLDEN)
-    return torch.stack([words(number, key[0], key[1]), words(shifted, key[1], key[0])])
+    """`Key.fold` on int32 tensors: keys [..., 2], number []; gives [..., 2]."""
+    k0, k1 = key.unbind(-1)
+    return torch.stack([words(number, k0, k1), words(number + _signed(_GOLDEN), k1, k0)], -1)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

@@ -25,6 +25,7 @@ from halfulp.numerics.rounding import round_definition
 
 _MOST = 3.4028234663852886e38  # largest finite fp32
 _EXPONENT = 0x7F800000
+_E4M3 = get_format("e4m3")
 
 
 def amax_bits(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
@@ -61,7 +62,7 @@ def _nvfp4(a: Tensor, tensor_amax: Tensor) -> tuple[Tensor, Tensor]:
     """The order of operations is the contract: it is Transformer Engine's, bit for bit."""
     g = _divide(2688.0, tensor_amax.view(torch.float32))
     g = torch.where(tensor_amax == 0, 1.0, torch.where(g < _MOST, g, _MOST))
-    block = round_definition(a * (g * (1.0 / 6.0)), get_format("e4m3"), "nearest", True, None)
+    block = round_definition(a * (g * (1.0 / 6.0)), _E4M3, "nearest", True, None)
     down = block * (1.0 / g)
     up = 1.0 / down
     return torch.where(up < _MOST, up, _MOST), down

@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from halfulp.blocks import block_map
 from halfulp.errors import ConfigError
 from halfulp.policy import Resolution
 from halfulp.recipe import Recipe
@@ -14,7 +13,7 @@ def param_groups(model: nn.Module, resolution: Resolution, weight_decay: float =
     Matrices and tables decay; norms, biases and other vectors do not. Every trainable parameter is
     in exactly one group. Raises ConfigError when nothing is trainable.
     """
-    blocks = block_map(model).parameters
+    blocks = resolution.blocks
     groups: dict[tuple[str, bool], dict] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:

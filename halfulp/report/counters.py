@@ -1,5 +1,6 @@
 """Counters boiled down: shares per block over time, the worst operand, and whether it is bad."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,9 +66,13 @@ COUNTERS = (
 
 @dataclass(frozen=True)
 class Worst:
-    """Pooled share of the worst operand over all blocks, and of its worst site."""
+    """The operand with the largest share over all blocks, and the place where it is worst.
+
+    The place is a GEMM, or for weights a block; `site` is one of its sites.
+    """
 
     share: float
+    place: str
     site: Site
     site_share: float
     operand: str
@@ -76,57 +81,89 @@ class Worst:
 
 
 def overall(counts: Counts) -> Worst:
-    """The operand with the largest pooled share over blocks and steps, and its worst site."""
+    """The operand with the largest pooled share over blocks and steps, and its worst place.
+
+    Norms lead only if nothing else was counted: their few weights, all near 1, always stand still.
+    """
+    groups = _places(counts)
     operands = sorted({site.operand for site in counts.sites})
     hits, total = counts.hits.sum(axis=1), counts.total.sum(axis=1)
-    best: Worst | None = None
-    for operand in operands:
-        members = [i for i, site in enumerate(counts.sites) if site.operand == operand]
-        shares = _ratio(hits[members], total[members])
-        top = int(np.argmax(shares))
-        pooled = float(_ratio(hits[members].sum(), total[members].sum()))
-        if best is None or pooled > best.share:
-            site = counts.sites[members[top]]
-            n = len(members)
-            best = Worst(pooled, site, float(shares[top]), operand, len(counts.steps), n)
-    assert best is not None
-    return best
+    members = {o: [i for i, s in enumerate(counts.sites) if s.operand == o] for o in operands}
+    pooled = {o: float(_ratio(hits[m].sum(), total[m].sum())) for o, m in members.items()}
+    operand = max(operands, key=lambda o: pooled[o])
+    places = {
+        place: float(_ratio(hits[rows].sum(), total[rows].sum()))
+        for place, rows in groups.items()
+        if counts.sites[rows[0]].operand == operand
+    }
+    matrices = [p for p in places if not counts.sites[groups[p][0]].block.endswith("norm")]
+    top = max(matrices or places, key=lambda p: places[p])
+    site = counts.sites[groups[top][0]]
+    n = len(members[operand])
+    return Worst(pooled[operand], top[0], site, places[top], operand, len(counts.steps), n)
 
 
-def level(counter: Counter, share: float) -> str:
-    """pass below the warning level, fail from the level to act on, could not tell between."""
-    if share >= counter.act:
+def _places(counts: Counts) -> dict[tuple[str, str], list[int]]:
+    """Rows that are one place: a GEMM's operand, or all parameters of a block."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, site in enumerate(counts.sites):
+        name = site.name if site.operand else site.block
+        groups.setdefault((name, site.operand), []).append(i)
+    return groups
+
+
+def level(counter: Counter, share: float, form: str) -> str:
+    """pass below the warning level, fail from the level to act on, could not tell between.
+
+    Blocks of N that share a rounded scale saturate at their largest elements by design: a share
+    of 2/N is still quiet.
+    """
+    tile = re.search(r"@(\d+)x(\d+)", form)
+    warn, act = counter.warn, counter.act
+    if counter.key == "saturation" and tile is not None:
+        elements = int(tile[1]) * int(tile[2])
+        warn, act = max(warn, 2 / elements), max(act, 8 / elements)
+    if share >= act:
         return FAIL
-    return UNKNOWN if share >= counter.warn else PASS
+    return UNKNOWN if share >= warn else PASS
 
 
 @dataclass(frozen=True)
 class Strip:
-    """One counter of one run as a picture: `shares` [blocks, steps], nan where nothing was counted."""
+    """One counter of one run as a picture: `shares` [blocks, steps], nan where nothing was counted.
+
+    Per block: the share of its worst place over the whole run, that place, and its level.
+    """
 
     run: Record
     blocks: tuple[str, ...]
     steps: np.ndarray
     shares: np.ndarray
-    pooled: np.ndarray  # [blocks]: share over the whole run of the block's worst site
-    places: tuple[str, ...]  # [blocks]: that site in words
+    pooled: np.ndarray
+    places: tuple[str, ...]
+    levels: tuple[str, ...]
 
 
-def strip(record: Record, counts: Counts) -> Strip:
-    """Per block and step the share of the worst site in the block."""
+def strip(record: Record, counter: Counter) -> Strip:
+    """Per block and step the share of the worst place in the block."""
+    counts = record.counters[counter.key]
+    groups = _places(counts)
     blocks = tuple(sorted({site.block for site in counts.sites}, key=block_order))
-    shares = _ratio(counts.hits, counts.total)
-    pooled = _ratio(counts.hits.sum(axis=1), counts.total.sum(axis=1))
-    rows, worst, places = [], [], []
+    rows, worst, places, levels = [], [], [], []
     for block in blocks:
-        members = [i for i, site in enumerate(counts.sites) if site.block == block]
-        rows.append(np.fmax.reduce(shares[members], axis=0))
-        top = members[int(np.nanargmax(pooled[members]))]
-        worst.append(pooled[top])
-        site = counts.sites[top]
-        places.append(f"{site.name} {site.operand}".strip())
+        mine = {p: g for p, g in groups.items() if counts.sites[g[0]].block == block}
+        hits = np.array([counts.hits[g].sum(axis=0) for g in mine.values()])
+        total = np.array([counts.total[g].sum(axis=0) for g in mine.values()])
+        pooled = _ratio(hits.sum(axis=1), total.sum(axis=1))
+        top = int(np.nanargmax(pooled))
+        place = list(mine)[top]
+        form = counts.sites[mine[place][0]].format
+        rows.append(np.fmax.reduce(_ratio(hits, total), axis=0))
+        worst.append(float(pooled[top]))
+        places.append(" ".join(part for part in place if part))
+        levels.append(level(counter, worst[-1], form))
     table = np.array(rows)
-    return Strip(record, blocks, counts.steps, table, np.array(worst), tuple(places))
+    return Strip(record, blocks, counts.steps, table, np.array(worst), tuple(places), tuple(levels))
 
 
 def block_order(block: str) -> tuple[int, int, str]:

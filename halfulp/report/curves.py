@@ -15,6 +15,7 @@ from halfulp.report.svg import CARD, INK, MUTED, figure, render, series_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDTH, LEFT, RIGHT = 1080, 58, 176
 LOSS_HEIGHT, PRICE_HEIGHT, TOP, GAP, BOTTOM = 290, 270, 34, 58, 46
@@ -24,7 +25,7 @@ BANDS_UP_TO = 6  # more runs than this are drawn without bands
 
 
 def loss_figure(prices: Sequence[Price], bar_nats: float) -> Markup | None:
-    """Smoothed training losses, and the paired differences if there is a reference; None = no data."""
+    """Smoothed training losses, and paired differences if there is a reference; None = no data."""
     shown = [price for price in prices if len(price.run.loss.finite().steps) > 1]
     if not shown:
         return None
@@ -35,16 +36,18 @@ def loss_figure(prices: Sequence[Price], bar_nats: float) -> Markup | None:
         top = _axes(drawing, height, TOP, LOSS_HEIGHT)
         end = max(int(p.run.loss.steps[-1]) for p in shown)
         window = _window(end)
+        top.set_xlim(0, end)
         _losses(top, shown, styles, window)
-        _decorate(top, end, f"Training loss, nats per token · mean over {window} steps")
+        _decorate(top, f"Training loss, nats per token · mean over {window} steps")
         if paired:
             top.tick_params(labelbottom=False)
             below = _axes(drawing, height, TOP + LOSS_HEIGHT + GAP, PRICE_HEIGHT)
+            below.set_xlim(0, end)
             _differences(below, paired, styles, window, bar_nats)
             names = list(dict.fromkeys(p.reference.label for p in paired if p.reference))
             reference = short(names[0]) if len(names) == 1 else "the reference"
             title = f"Loss above {reference} on the same tokens, nats per token"
-            _decorate(below, end, title)
+            _decorate(below, title)
             below.set_xlabel("step", labelpad=4)
         else:
             top.set_xlabel("step", labelpad=4)
@@ -83,10 +86,9 @@ def _axes(drawing: Any, height: int, top: int, size: int) -> "Axes":
     return drawing.add_axes(area)
 
 
-def _decorate(axes: "Axes", end: int, title: str) -> None:
+def _decorate(axes: "Axes", title: str) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes.set_xlim(0, end)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.annotate(
@@ -107,6 +109,7 @@ def _losses(
     ends, low, high = [], [], []
     if len(shown) == 1:
         raw = _thin(shown[0].run.loss.finite())
+        low.append(raw.values.min())
         axes.plot(raw.steps, raw.values, color=styles[shown[0].run.label][0], lw=0.8, alpha=0.3)
     for price in _reference_last(shown):
         color, dash = styles[price.run.label]
@@ -116,7 +119,7 @@ def _losses(
         ends.append((line, price.run, color))
         low.append(line.values.min())
         # The first steps fall from ln(vocab): they would flatten everything that matters.
-        settled = line.values[line.steps >= 0.04 * line.steps[-1]]
+        settled = line.values[line.steps >= 0.06 * line.steps[-1]]
         high.append(settled.max() if len(settled) else line.values.max())
     span = max(high) - min(low) or 1.0
     axes.set_ylim(min(low) - 0.06 * span, max(high) + 0.05 * span)
@@ -179,7 +182,7 @@ def _none() -> Any:
 def _symlog_ticks(low: float, high: float, bar_nats: float) -> list[float]:
     sizes = [bar_nats * factor for factor in (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)]
     inside = [s for s in sizes if s <= high]
-    return [-s for s in sizes if -s >= low][::-1] + [0.0] + inside
+    return [*[-s for s in sizes if -s >= low][::-1], 0.0, *inside]
 
 
 def _held_out_dots(axes: "Axes", price: Price, color: str) -> None:
@@ -202,7 +205,7 @@ def _thin(curve: Curve) -> Curve:
 
 def _end_labels(axes: "Axes", ends: Sequence[tuple[Curve, Record, str]]) -> None:
     """Every line's name beside its end, moved apart where they would touch, with a leader."""
-    height = axes.get_position().height * axes.figure.get_size_inches()[1] * 72
+    height = axes.get_position().height * drawing_of(axes).get_size_inches()[1] * 72
     to_share = axes.transScale + axes.transLimits
     edge = axes.get_xlim()[1]
     wanted = [float(to_share.transform((1, line.values[-1]))[1]) for line, _, _ in ends]
@@ -214,8 +217,15 @@ def _end_labels(axes: "Axes", ends: Sequence[tuple[Curve, Record, str]]) -> None
         axes.plot(last, value, "X" if broke else "o", color=color, ms=8 if broke else 4.5)
         if last < edge:
             axes.plot([last, edge], [value, value], ":", color=color, lw=1.0)
-        text = short(record.label) + (f" ✕ step {last:,}" if broke else "")
+        text = short(record.label) + (f" ✕ step {record.broke_at:,}" if broke else "")
         _label(axes, text, y / height, end / height, color)
+
+
+def drawing_of(axes: "Axes") -> "Figure":
+    """The figure that `axes` is part of."""
+    drawing = axes.get_figure(root=True)
+    assert drawing is not None
+    return drawing
 
 
 def _label(axes: "Axes", text: str, y: float, end: float, color: str) -> None:

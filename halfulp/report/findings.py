@@ -20,8 +20,9 @@ _SEEN = "Counters see what was rounded away, not whether the loss minds."
 class Finding:
     """A sentence with its verdict and the numbers it stands on.
 
-    `run` is the label of the run, empty for the overall verdict, which comes first; `topic` is
-    "overall", "price", "scale" or the name of a counter; `caveat` says what the sentence does not tell.
+    `run` is the label of the run, empty for the overall verdict, which comes first. `topic` is
+    "overall", "price", "scale", "loss_scale", "counters" or the name of one counter. `caveat` says
+    what the sentence does not tell.
     """
 
     verdict: str
@@ -46,8 +47,15 @@ def judge_all(prices: Sequence[Price], bar_nats: float) -> list[Finding]:
     """The findings about runs that are already read and priced."""
     found = [_overall(prices, bar_nats)]
     for price in prices:
-        found += [_price(price, bar_nats), *_counters(price.run)]
+        found += [] if _is_settled(price) else [_price(price, bar_nats)]
+        found += _counters(price.run)
     return found
+
+
+def _is_settled(price: Price) -> bool:
+    """An fp32 run that finished costs nothing: the sentence would be empty."""
+    record = price.run
+    return record.recipe == "fp32" and record.state == "finished" and not record.diverged
 
 
 def _overall(prices: Sequence[Price], bar_nats: float) -> Finding:
@@ -87,6 +95,8 @@ def _tally(judged: Sequence[Price], bar_nats: float) -> str:
         return f"{only.run.label} {told[only.verdict]}." if only.verdict in told else ""
     if len(good) == len(judged):
         return f"All {words.count(len(good))} recipes train {bar}."
+    if not good:
+        return f"No recipe is shown to train {bar}."
     verb = "trains" if len(good) == 1 else "train"
     some = words.sentence(words.count(len(good)))
     return f"{some} of {words.count(len(judged))} recipes {verb} {bar}."
@@ -108,9 +118,6 @@ def _worst(judged: Sequence[Price]) -> str:
         parts.append(f"{worst.run.label} costs{most} {words.nats(worst.nats)} nats.")
     if broken:
         parts.append(f"{words.listing(broken, most=3)} broke down.")
-    unknown = [p.run.label for p in judged if p.verdict == UNKNOWN]
-    if unknown and len(judged) > 1:
-        parts.append(f"{words.listing(unknown, most=3)} could not be told.")
     return " ".join(parts)
 
 
@@ -121,15 +128,15 @@ def _price(price: Price, bar_nats: float) -> Finding:
     if reference is None or not math.isfinite(price.nats):
         loss = record.held_out.finite().values
         seen = f" Its held-out loss is {loss[-1]:.3f} nats." if len(loss) else ""
-        told = "is the reference" if price.is_reference else f"has no price: {price.why}"
+        told = f"has no price: {price.why}"
         text = f"{record.label} {told}.{seen}"
         return Finding(UNKNOWN, text, record.label, "price", _evidence(price))
     side = "above" if price.nats >= 0 else "below"
-    interval = f"{words.nats(abs(price.nats))} ± {_half(price.half_width)} nats {side}"
+    interval = f"{' ± '.join(words.interval(price.nats, price.half_width))} nats {side}"
     text = f"{record.label}: held-out loss is {interval} {reference.label}"
     if price.verdict == PASS:
-        most = price.nats + price.half_width
-        text += f"; a price above {words.nats(max(most, 0.0))} nats is unlikely."
+        most = words.most(price.nats, price.half_width)
+        text += f"; a price above {most} nats is unlikely."
     elif price.verdict == FAIL:
         text += f" ({words.perplexity(price.nats)})."
         if price.caught_up:
@@ -138,10 +145,6 @@ def _price(price: Price, bar_nats: float) -> Finding:
         reason = price.why or f"the ± reaches across the bar of {bar_nats:g} nats"
         text += f", but {reason}."
     return Finding(price.verdict, text, record.label, "price", _evidence(price), _SEED)
-
-
-def _half(half_width: float) -> str:
-    return words.nats(half_width) if math.isfinite(half_width) else "?"
 
 
 def _evidence(price: Price) -> dict[str, float | str]:
@@ -159,38 +162,39 @@ def _evidence(price: Price) -> dict[str, float | str]:
 def _broken(record: Record) -> str:
     event = record.nonfinite
     if not event:
-        return f"{record.label} diverged: {progress(record)}."
+        return f"{record.label} diverged: its loss ended no better than it began, or not finite."
     block = f" in {event['block']}" if event.get("block") else ""
-    what = event.get("what") or "a number"
+    what = f"the {event['what']}" if event.get("what") else "a number"
     losses = record.loss.finite().values
     last = f" The last finite training loss was {losses[-1]:.3f} nats." if len(losses) else ""
-    step = event.get("step", record.last_step)
-    return f"{record.label} broke down at step {step:,}: {what} was not finite{block}.{last}"
+    start = f"{record.label} broke down at step {record.broke_at:,}"
+    return f"{start}: {what} was not finite{block}.{last}"
 
 
 def _broken_evidence(record: Record) -> dict[str, float | str]:
     event = record.nonfinite
-    step = float(event.get("step", record.last_step))
-    return {"step": step, "block": str(event.get("block", "")), "what": str(event.get("what", ""))}
+    named = {name: str(event.get(name) or "") for name in ("block", "what")}
+    return {"step": float(record.broke_at), **named}
 
 
 def _counters(record: Record) -> list[Finding]:
     if record.state == "empty":
         return []
+    found = [*_skipped(record), *_stale(record)]
     if not record.counters:
         text = f"{record.label}: no counters were recorded, so lost bits could not be seen."
-        return [] if record.recipe == "fp32" else [Finding(UNKNOWN, text, record.label, "counters")]
-    found, quiet = [], []
+        unseen = Finding(UNKNOWN, text, record.label, "counters")
+        return found if record.recipe == "fp32" else [*found, unseen]
+    quiet = []
     for counter in COUNTERS:
         if counter.key in record.counters:
             worst = overall(record.counters[counter.key])
             finding = _counter(record, counter)
             if finding.verdict != PASS:
                 found.append(finding)
-            else:
+            elif counter.key != "v_underflow":
                 quiet.append(f"{counter.title.lower()} {words.share(worst.share)}")
-    found += _stale(record)
-    if quiet and not found:
+    if quiet and not found and record.recipe != "fp32":
         text = f"{record.label}: counters are quiet ({', '.join(quiet)})."
         found.append(Finding(PASS, text, record.label, "counters", caveat=_SEEN))
     return found
@@ -207,15 +211,15 @@ def _counter(record: Record, counter: Counter) -> Finding:
         "saturation": f"of the {of} saturated in {form}",
         "v_underflow": "of the second moments are zero where the gradient is not",
     }[counter.key]
-    where = f"worst: {worst.site.name}, {top}"
-    verdict = level(counter, worst.share)
+    where = f"worst: {worst.place}, {top}"
+    verdict = level(counter, worst.share, form)
     if verdict == PASS:
         # A single bad tensor is raised, however quiet the average is.
-        verdict = UNKNOWN if level(counter, worst.site_share) == FAIL else PASS
+        verdict = UNKNOWN if level(counter, worst.site_share, form) == FAIL else PASS
     evidence: dict[str, float | str] = {
         "share": worst.share,
         "worst_share": worst.site_share,
-        "worst": worst.site.name,
+        "worst": worst.place,
         "operand": worst.operand,
         "steps_counted": float(worst.steps),
         "tensors": float(worst.sites),
@@ -227,6 +231,20 @@ def _counter(record: Record, counter: Counter) -> Finding:
         where += f", with {words.share(energy)} of its energy"
     text = f"{record.label}: {share} {what} ({where})."
     return Finding(verdict, text, record.label, counter.key, evidence, _SEEN)
+
+
+def _skipped(record: Record) -> list[Finding]:
+    """Steps that moved nothing because the scaled loss overflowed."""
+    if not record.skipped_steps:
+        return []
+    share = record.skipped_steps / max(record.last_step, 1)
+    text = (
+        f"{record.label}: {record.skipped_steps:,} of {record.last_step:,} steps were skipped "
+        "because the scaled loss overflowed."
+    )
+    verdict = FAIL if share >= 0.1 else PASS
+    evidence = {"skipped": float(record.skipped_steps), "share": share}
+    return [Finding(verdict, text, record.label, "loss_scale", evidence)]
 
 
 def _stale(record: Record) -> list[Finding]:

@@ -1,5 +1,6 @@
 """HTML from Python calls; every string is escaped unless it is Markup already."""
 
+import unicodedata
 from html import escape as _escape
 
 
@@ -13,9 +14,15 @@ Child = str | int | float | None
 
 
 def printable(text: object) -> str:
-    """`text` with control characters as "�" and half surrogates as "?"."""
-    clean = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text))
-    return clean.encode("utf-8", "replace").decode()
+    """`text` with "�" for everything invisible that could rearrange or break it.
+
+    That is control and format characters (also those that turn the writing direction), private
+    ones and half surrogates; line breaks stay.
+    """
+    invisible = ("Cc", "Cf", "Cs", "Co", "Cn")
+    return "".join(
+        "\ufffd" if c != "\n" and unicodedata.category(c) in invisible else c for c in str(text)
+    )
 
 
 def escape(text: object) -> str:
@@ -46,7 +53,7 @@ def table(
     numeric: frozenset[int] = frozenset(),
     caption: str,
 ) -> Markup:
-    """A table with a caption; the columns in `numeric` are aligned as numbers, the first is a header."""
+    """A table with a hidden caption; columns in `numeric` align right, the first is a header."""
 
     def cell(i: int, child: Child) -> Markup:
         kind = "number" if i in numeric else None

@@ -116,9 +116,10 @@ def _verdicts(prices: Sequence[Price]) -> Markup | None:
 
 
 def _numbers(prices: Sequence[Price], found: Sequence[Finding]) -> Markup:
-    """The three numbers to remember: the largest price, then the loudest counters, then the speed."""
-    candidates = [_largest_price(prices), *(_loudest(found, c) for c in COUNTERS[:3])]
-    candidates += [*_plain_numbers(prices)]
+    """Three numbers to remember: a breakdown, the largest price, the loudest counters, the rest."""
+    candidates = [_first_breakdown(prices), _largest_price(prices)]
+    candidates += [_loudest(found, counter) for counter in COUNTERS[:3]]
+    candidates += _plain_numbers(prices)
     three = [candidate for candidate in candidates if candidate is not None][:3]
     cells = [
         tag("div", tag("span", what, class_="what"), tag("strong", value), tag("span", note))
@@ -127,12 +128,23 @@ def _numbers(prices: Sequence[Price], found: Sequence[Finding]) -> Markup:
     return tag("div", *cells, class_="numbers")
 
 
-_Number = tuple[str, str, str]
+_Number = tuple[str, str, str]  # value, what it is, whose
+
+
+def _first_breakdown(prices: Sequence[Price]) -> _Number | None:
+    broken = [p.run for p in prices if p.run.diverged]
+    if not broken:
+        return None
+    first = min(broken, key=lambda r: r.broke_at)
+    others = f" and {len(broken) - 1} more later" if len(broken) > 1 else ""
+    block = first.nonfinite.get("block")
+    where = f" in {block}" if block else ""
+    return f"step {first.broke_at:,}", "the run broke down", f"{first.label}{where}{others}"
 
 
 def _largest_price(prices: Sequence[Price]) -> _Number | None:
     known = [p for p in prices if p.reference is not None and math.isfinite(p.nats)]
-    known = [p for p in known if not p.run.diverged]
+    known = [p for p in known if not p.run.diverged and p.run.state == "finished"]
     if not known:
         return None
     worst = max(known, key=lambda p: p.nats)
@@ -179,7 +191,9 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _observed(found: Sequence[Finding]) -> Markup:
+def _observed(found: Sequence[Finding]) -> Markup | None:
+    if not found[1:]:
+        return None
     items = [
         tag(
             "li",
@@ -210,7 +224,7 @@ def _losses(prices: Sequence[Price], bar_nats: float) -> Markup | None:
         return None
     paired = any(price.reference is not None for price in prices)
     caption = (
-        "Circles are the held-out differences, which decide the verdicts; lines and their 95 % bands "
+        "Circles are the held-out differences, which decide the verdicts; lines with 95 % bands "
         f"are the training loss. The gray bar is ±{bar_nats:g} nats; the axis is linear inside it "
         "and logarithmic outside."
         if paired
@@ -236,7 +250,7 @@ def _counters(records: Sequence[Record]) -> Markup | None:
 
 def _counter(records: Sequence[Record], counter: Counter) -> Markup | None:
     counted = [r for r in records if counter.key in r.counters]
-    strips = [strip(record, record.counters[counter.key]) for record in counted]
+    strips = [strip(record, counter) for record in counted]
     loud = [s for s in strips if s.pooled.max() > 0]
     zero = [s.run.label for s in strips if s.pooled.max() == 0]
     if not strips or (not loud and counter.key == "v_underflow"):
@@ -257,10 +271,10 @@ def _counter(records: Sequence[Record], counter: Counter) -> Markup | None:
 
 
 def _strip_caption(counter: Counter, strips: Sequence[Strip]) -> str:
-    raised = f"{words.share(counter.warn)} (raised) and {words.share(counter.act)} (high)"
+    raised = f"{100 * counter.warn:g} % (raised) and {100 * counter.act:g} % (high)"
     hidden = hidden_blocks(strips)
     rest = f" {hidden} quieter blocks are left out." if hidden else ""
-    return f"Blank is zero. Ticks on the color bar: {raised}; bold numbers are raised.{rest}"
+    return f"Blank is zero. Marks on the color bar: {raised}; bold numbers are raised.{rest}"
 
 
 def _policy(records: Sequence[Record]) -> Markup | None:
@@ -292,11 +306,11 @@ def _footer(prices: Sequence[Price], bar_nats: float) -> Markup:
         else ""
     )
     text = (
-        f"How the verdict is made: a run passes if its held-out loss is less than {bar_nats:g} nats "
-        "above that of the reference with the same configuration, seed and data, fails if it is "
-        "more above, and could not be told if the 95 % uncertainty reaches across. The uncertainty "
-        "is that of the mean paired step difference over the last fifth of the run, corrected for "
-        f"autocorrelation{worth}, because evaluations are not recorded batch by batch. A run whose "
+        "How the verdict is made: a run passes if its held-out loss is less than "
+        f"{bar_nats:g} nats above that of the reference with the same configuration, seed and "
+        "data, fails if it is more above, and could not be told if the 95 % uncertainty reaches "
+        "across. The uncertainty is that of the mean paired step difference over the last fifth of "
+        f"the run, corrected for autocorrelation{worth}, because evaluations are not recorded batch by batch. A run whose "
         "loss was not finite fails. Losses are in nats per token; perplexity is their exponential. "
         "One run per recipe says nothing about other seeds."
     )

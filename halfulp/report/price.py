@@ -1,4 +1,4 @@
-"""What a recipe costs against its reference: the paired held-out loss difference and its verdict."""
+"""What a recipe costs: the held-out loss above that of a paired reference, and its verdict."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,10 @@ FEWEST = 8  # paired steps needed in the tail
 # Options that change what is measured, kept or how fast it goes, not what is computed.
 _HARMLESS = frozenset(
     f"train.{name}"
-    for name in "eval_every checkpoint_every keep count_every device threads compile parallel "
-    "activation_checkpointing".split(" ")
+    for name in (
+        *("eval_every", "count_every", "checkpoint_every", "keep"),
+        *("device", "threads", "parallel", "compile", "activation_checkpointing"),
+    )
 )
 _OTHER_SECTIONS = ("run", "policy", "name")
 
@@ -41,7 +43,7 @@ class Price:
 
 
 def price_all(records: Sequence[Record], bar_nats: float) -> list[Price]:
-    """The price of every run, in order; references have the verdict "could not tell" and no nats."""
+    """The price of every run, in order; a reference "could not tell" and has no nats."""
     references = [reference_of(record, records) for record in records]
     prices = [price(*pair, bar_nats) for pair in zip(records, references, strict=True)]
     used = [reference for reference in references if reference is not None]
@@ -95,7 +97,7 @@ def judge(nats: float, half_width: float, bar_nats: float) -> str:
 
 
 def differences(record: Record, reference: Record) -> list[str]:
-    """Options other than the precision, by name, in which two runs differ: not a paired run then."""
+    """Options, the precision aside, in which two runs differ: they are not paired then."""
     mine, theirs = flatten(record.config), flatten(reference.config)
     return [
         key
@@ -207,7 +209,7 @@ def _caught_up(record: Record, reference: Record | None, step: int, delta: float
     curve = reference.held_out.finite()
     target = value_at(record.held_out, step)
     below = np.flatnonzero(curve.values <= target)
-    if len(curve.steps) < 5 or not len(below) or below[0] == 0:
+    if len(curve.steps) < 4 or not len(below) or below[0] == 0:
         return 0
     i = int(below[0])
     high, low = curve.values[i - 1], curve.values[i]

@@ -68,7 +68,14 @@ class Record:
     environment: Mapping[str, Any]
     command: tuple[str, ...]
     torn: bool
+    skipped_steps: int  # by the loss scale
+    stages: tuple[tuple[int, str], ...]  # first step and recipe of every stage of a schedule
     formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # operand → formats seen
+
+    @property
+    def broke_at(self) -> int:
+        """The step that was not finite, or the last one."""
+        return int(self.nonfinite.get("step", self.last_step))
 
     @property
     def diverged(self) -> bool:
@@ -149,6 +156,10 @@ def _read(path: Path) -> Record:
         config=config,
         environment=run.environment(),
         command=tuple(start.get("command") or run.environment().get("command") or ()),
+        skipped_steps=sum(bool(event.get("skipped")) for event in events.get("loss_scale", ())),
+        stages=tuple(
+            (int(event["step"]), str(event["recipe"])) for event in events.get("schedule", ())
+        ),
         torn=_is_torn(run.path / "events.jsonl"),
         formats=_formats(rows),
     )
@@ -192,7 +203,7 @@ def _speed(summary: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> fl
     if isinstance(said, (int, float)):
         return float(said)
     seconds = sum(float(event.get("seconds") or 0) for event in steps)
-    tokens = sum(float(event.get("tokens") or 0) for event in steps)
+    tokens = max((float(event.get("tokens") or 0) for event in steps), default=0.0)
     return tokens / seconds if seconds > 0 else math.nan
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Mean:
-    """An average with its 95 % half-width; `effective` is how many independent values it is worth."""
+    """An average, its 95 % half-width, and how many independent values it is worth."""
 
     value: float
     half_width: float

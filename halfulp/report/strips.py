@@ -10,12 +10,13 @@ from halfulp.report import words
 from halfulp.report.counters import Counter, Strip, block_order
 from halfulp.report.curves import short
 from halfulp.report.html import Markup, printable
+from halfulp.report.price import PASS
 from halfulp.report.svg import INK, LINE, MUTED, figure, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, LEFT, VALUE, GUTTER = 1080, 104, 52, 22
+WIDTH, LEFT, VALUE, GUTTER = 1080, 104, 60, 22
 ROW, TOP, BOTTOM = 15, 66, 42
 MOST_ROWS = 40
 _LOW, _HIGH = (0xE6, 0x9F, 0x00), (0xC4, 0x4A, 0x00)  # orange to vermillion
@@ -74,16 +75,14 @@ def _panel(
     area = (left / WIDTH, 1 - (top + size) / height, inner / WIDTH, size / height)
     axes = drawing.add_axes(area)
     table = np.full((len(blocks), len(strip.steps)), np.nan)
-    pooled: dict[str, float] = {}
-    for block, shares, share in zip(strip.blocks, strip.shares, strip.pooled, strict=True):
+    for block, shares in zip(strip.blocks, strip.shares, strict=True):
         if block in blocks:
             table[blocks.index(block)] = shares
-            pooled[block] = float(share)
     cells = colors(table, counter.faint)
     axes.imshow(cells, aspect="auto", interpolation="none", extent=_extent(strip, blocks))
     _ticks(axes, strip, blocks, labels=column == 0)
     for k, block in enumerate(blocks):
-        _value(axes, counter, k, pooled.get(block))
+        _value(axes, strip, k, block)
     axes.set_title(short(strip.run.label), loc="left", fontsize=12, fontweight="bold", pad=8)
     axes.annotate(
         "whole run",
@@ -126,9 +125,11 @@ def _layer(block: str) -> str:
     return ".".join(block.split(".")[:2])
 
 
-def _value(axes: Any, counter: Counter, row: int, share: float | None) -> None:
-    text = "–" if share is None else words.share(share)
-    bad = share is not None and share >= counter.warn
+def _value(axes: Any, strip: Strip, row: int, block: str) -> None:
+    text, bad = "–", False
+    if block in strip.blocks:
+        i = strip.blocks.index(block)
+        text, bad = words.share(float(strip.pooled[i])), strip.levels[i] != PASS
     axes.annotate(
         text,
         xy=(1, row),

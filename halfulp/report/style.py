@@ -27,7 +27,7 @@ h1, h2, h3, p, ul, figure { margin: 0; }
 .kicker { color: var(--muted); font-size: 14px; }
 h1 {
   font-size: 30px; line-height: 1.25; font-weight: 650; letter-spacing: -0.012em;
-  margin: 10px 0 14px; max-width: 34em; text-wrap: balance; overflow-wrap: anywhere;
+  margin: 10px 0 14px; text-wrap: balance; overflow-wrap: anywhere;
 }
 h2 { font-size: 20px; font-weight: 650; letter-spacing: -0.005em; margin: 44px 0 4px; }
 h3 { font-size: 15px; font-weight: 650; margin: 0 0 2px; }
@@ -64,8 +64,8 @@ th, td {
   border-top: 1px solid var(--line); font-weight: 400;
 }
 thead th { color: var(--muted); font-size: 13px; border-top: 0; vertical-align: bottom; }
-th[scope=row] { font-weight: 600; overflow-wrap: anywhere; min-width: 9em; }
-td { overflow-wrap: anywhere; }
+th[scope=row] { font-weight: 600; }
+th, td { overflow-wrap: break-word; max-width: 24em; }
 .number { text-align: right; white-space: nowrap; }
 thead .number { white-space: normal; }
 td small, th small { display: block; color: var(--muted); font-size: 12.5px; font-weight: 400; }

@@ -1,11 +1,11 @@
-"""matplotlib figures as inline SVG: real text, theme colors from CSS, equal bytes for equal input."""
+"""matplotlib figures as inline SVG: real text, colors from CSS, same bytes for the same input."""
 
 import contextlib
 import io
 import re
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from halfulp.report.html import Markup, escape
 
@@ -23,7 +23,7 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (7, 1.5, 1.5, 1.5)))
 
 _SHORTER = re.compile(r"(\d+\.\d{2})\d+")
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "halfulp",
@@ -74,7 +74,9 @@ def figure(width: float, height: float) -> Iterator["Figure"]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE, "backend": "svg"}):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
         yield Figure(figsize=(width / 72, height / 72), dpi=72)
 
 

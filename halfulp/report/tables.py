@@ -9,7 +9,7 @@ import numpy as np
 from halfulp.report import words
 from halfulp.report.counters import Strip
 from halfulp.report.html import Child, Markup, join, table, tag
-from halfulp.report.price import FAIL, PASS, Price, flatten, progress
+from halfulp.report.price import FAIL, PASS, Price, flatten
 from halfulp.report.read import Record
 
 _EVERY_OPERAND = {"fprop.x", "fprop.w", "dgrad.g", "dgrad.w", "wgrad.g", "wgrad.x"}
@@ -28,10 +28,10 @@ def runs_table(prices: Sequence[Price]) -> Markup:
     paired = any(price.reference is not None for price in prices)
     head: list[Child] = ["run", "verdict", "held-out loss", "evaluated in fp32"]
     head += ["above its reference", "which means"] if paired else []
-    head += ["run ended", "tokens/s"]
+    head += ["steps", "tokens/s"]
     rows = [_run_row(price, paired) for price in prices]
     last = len(head) - 1
-    numeric = frozenset({2, 3, 4, last} if paired else {2, 3, last})
+    numeric = frozenset({2, 3, last - 1, last} | ({4} if paired else set()))
     return table(head, rows, numeric=numeric, caption="Runs and their verdicts; losses in nats")
 
 
@@ -59,8 +59,10 @@ def _last(values: np.ndarray) -> str:
 def _delta(price: Price) -> Child:
     if not math.isfinite(price.nats):
         return "–"
-    half = words.nats(price.half_width) if math.isfinite(price.half_width) else "?"
-    return join(words.nats(price.nats, signed=True), tag("small", f"± {half}"))
+    size, half = words.interval(price.nats, price.half_width)
+    early = f" at step {price.step:,}" if price.step < price.run.last_step else ""
+    sign = "−" if price.nats < 0 else "+"
+    return join(f"{sign}{size}", tag("small", f"± {half}{early}"))
 
 
 def _meaning(price: Price) -> Child:
@@ -69,8 +71,7 @@ def _meaning(price: Price) -> Child:
     if price.why:
         return price.why
     if price.verdict == PASS:
-        most = max(price.nats + price.half_width, 0.0)
-        return f"no price above {words.nats(most)}"
+        return f"no price above {words.most(price.nats, price.half_width)}"
     if price.verdict != FAIL:
         return "the ± reaches across the bar"
     there = f"{price.reference.label} was there at step {price.caught_up:,}"
@@ -78,15 +79,16 @@ def _meaning(price: Price) -> Child:
 
 
 def _ending(record: Record) -> Child:
+    """Steps taken, and how the run ended unless it finished."""
     if record.diverged:
         block = record.nonfinite.get("block")
-        where = tag("small", f"in {block}") if block else None
-        return join(f"diverged, step {record.nonfinite.get('step', record.last_step):,}", where)
-    if record.state == "finished":
-        return f"finished, {record.last_step:,} steps"
-    if record.state == "empty":
-        return "no step recorded"
-    return f"{record.state}, {progress(record)}"
+        note = f"diverged in {block}" if block else "diverged"
+    elif record.state == "finished":
+        return f"{record.last_step:,}"
+    else:
+        planned = f" of {record.planned_steps:,}" if record.planned_steps else ""
+        note = f"{record.state}{planned}"
+    return join(f"{record.broke_at:,}", tag("small", note))
 
 
 def strip_table(strips: Sequence[Strip], title: str) -> Markup:
@@ -118,6 +120,7 @@ def _rules(record: Record) -> Child:
         count = len(gemms) if isinstance(gemms, (list, tuple)) else gemms
         noun = "GEMM" if count == 1 else "GEMMs"
         lines.append(tag("div", tag("code", match), f" → {recipe}, {count} {noun}"))
+    lines += [tag("div", f"from step {step:,}: {recipe}") for step, recipe in record.stages]
     return join(*lines) if lines else "–"
 
 
@@ -174,11 +177,16 @@ def command_table(records: Sequence[Record]) -> Markup:
         [
             record.label,
             tag("code", " ".join(_quote(word) for word in record.command) or "–"),
-            tag("code", str(record.environment.get("config_sha256", "–"))[:12]),
+            tag("code", _digest(record)),
         ]
         for record in records
     ]
     return table(["run", "command", "config sha256"], rows, caption="Commands")
+
+
+def _digest(record: Record) -> str:
+    found = record.summary.get("config_sha256") or record.environment.get("config_sha256")
+    return str(found)[:12] if found else "–"
 
 
 def _quote(word: str) -> str:

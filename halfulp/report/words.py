@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 
-_SMALL = "no one two three four five six seven eight nine ten".split(" ")
+_SMALL = [
+    *("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+]
 
 OPERANDS = {"x": "activations", "w": "weights", "g": "output gradients"}
 
@@ -22,19 +24,44 @@ def nats(value: float, *, signed: bool = False) -> str:
     return text.replace("-", "−")
 
 
+def interval(value: float, half_width: float) -> tuple[str, str]:
+    """A difference in nats without its sign, and its half-width rounded up to the same digits."""
+    digits = _digits(value, half_width)
+    if not math.isfinite(half_width):
+        return f"{abs(value):.{digits}f}", "?"
+    return f"{abs(value):.{digits}f}", f"{_up(half_width, digits):.{digits}f}"
+
+
+def most(value: float, half_width: float) -> str:
+    """The upper end of `interval` as it is printed, at least 0."""
+    digits = _digits(value, half_width)
+    return f"{max(0.0, round(value, digits) + _up(half_width, digits)):.{digits}f}"
+
+
+def _digits(value: float, half_width: float) -> int:
+    return 3 if max(abs(value), half_width) >= 0.0005 else 5
+
+
+def _up(half_width: float, digits: int) -> float:
+    return math.ceil(half_width * 10**digits - 1e-9) / 10**digits
+
+
 def share(value: float) -> str:
-    """A share as percent with two significant digits: 62 %, 4.1 %, 0.003 %; zero is "0"."""
+    """A share as percent with two significant digits: 62 %, 4.1 %, 0.003 %; zero is "0".
+
+    The space does not break.
+    """
     if not math.isfinite(value):
         return "–"
     if value == 0:
         return "0"
     percent = 100 * value
     if percent >= 9.95:
-        return f"{percent:.0f} %"
+        return f"{percent:.0f}\u00a0%"
     if percent < 1e-4:
-        return f"{percent:.0e} %".replace("e-0", "e-")
+        return f"{percent:.0e}\u00a0%".replace("e-0", "e-")
     digits = 1 - math.floor(math.log10(percent) + 1e-9)
-    return f"{percent:.{digits}f} %"
+    return f"{percent:.{digits}f}\u00a0%"
 
 
 def perplexity(value: float) -> str:
@@ -43,7 +70,7 @@ def perplexity(value: float) -> str:
         return "–"
     change = 100 * math.expm1(min(value, 50.0))
     digits = 0 if abs(change) >= 9.95 else 1
-    return f"{change:+.{digits}f} % perplexity".replace("-", "−")
+    return f"{change:+.{digits}f}\u00a0% perplexity".replace("-", "−")
 
 
 def number(value: float) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from halfulp.train.model import next_token_loss
+from halfulp.train.parallel import settle
 from halfulp.train.session import Session
 
 
@@ -24,6 +25,7 @@ def evaluate(s: Session) -> dict[str, float]:
             _one_batch(s, turn * s.world.size + s.world.rank, losses)
     finally:
         s.model.train()
+        settle(s.shared, s.world)
     quantized, plain = s.world.sum(losses).mean(dim=1).tolist()
     tokens = train.eval_batches * train.rows * s.config.data.length
     return {"loss_nats": quantized, "loss_nats_fp32": plain, "tokens": tokens}

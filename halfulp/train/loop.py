@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from halfulp.errors import NonFiniteError, RunError
 from halfulp.run import Run
 from halfulp.train import checkpoint
 from halfulp.train.config import TrainConfig, check, load_config
+from halfulp.train.counters import added, counts
 from halfulp.train.evaluate import evaluate
 from halfulp.train.open import Start, open_session
 from halfulp.train.parallel import open_world
@@ -95,7 +96,9 @@ def _one_step(s: Session, interrupt: Interrupt) -> bool:
     counting = _due(s.step + 1, train.count_every)
     s.precision.handle.count(counting)
     s.precision.optimizer.count(counting)
-    outcome = run_step(s, interrupted=interrupt.asked)
+    with _eager() if counting and train.compile else nullcontext():
+        outcome = run_step(s, interrupted=interrupt.asked)
+    s.precision.handle.count(False)
     seconds = time.perf_counter() - before
     s.step += 1
     s.seconds += seconds
@@ -110,6 +113,13 @@ def _one_step(s: Session, interrupt: Interrupt) -> bool:
     if _due(s.step, train.checkpoint_every) and s.step < train.steps:
         _checkpoint(s)
     return outcome.interrupted
+
+
+def _eager() -> AbstractContextManager[object]:
+    # Compiled graphs hold no counters: a step that counts runs without them.
+    import torch
+
+    return torch.compiler.set_stance("force_eager")
 
 
 def _report_step(s: Session, outcome: Outcome, seconds: float) -> None:
@@ -129,7 +139,11 @@ def _report_step(s: Session, outcome: Outcome, seconds: float) -> None:
 
 
 def _report_counters(s: Session) -> None:
-    gemms, optimizer = s.precision.handle.counters(), s.precision.optimizer.counters()
+    gemms = [counts(row) for row in s.precision.handle.counters()]
+    optimizer = [counts(row) for row in s.precision.optimizer.counters()]
+    gemms = added(s.world.gather(gemms))
+    if s.world.mode == "fsdp2":  # otherwise every process has updated the whole parameter
+        optimizer = added(s.world.gather(optimizer))
     s.emit("counters", step=s.step, gemms=gemms, optimizer=optimizer)
 
 

@@ -82,6 +82,14 @@ def config_json(model: nn.Module) -> str:
     return config.to_json_string(use_diff=False)
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Make each layer of a Hugging Face model recompute its activations in the backward pass."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    # The second is the first under the name that it had in earlier releases of transformers 5.
+    enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
+    enable({"use_reentrant": False})
+
+
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The transformer layers: the longest list of modules that hold parameters."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and list(m.parameters())]

@@ -15,7 +15,7 @@ from halfulp.run import Run
 from halfulp.trackers import open_trackers
 from halfulp.train import checkpoint
 from halfulp.train.config import TrainConfig
-from halfulp.train.model import build_model, config_json, layers_of
+from halfulp.train.model import build_model, checkpoint_activations, config_json, layers_of
 from halfulp.train.parallel import World, share
 from halfulp.train.precision import Precision, load_policies, name_of
 from halfulp.train.session import OnEvent, Session
@@ -112,12 +112,12 @@ def _prepare(
     precision.start(max(0, finished - 1))
     _check_shardable(world, precision)
     if config.train.activation_checkpointing:
-        checkpointed: Any = model
-        checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     if config.train.compile:
         for module in layers_of(model) if world.mode == "fsdp2" else [model]:
             module.compile()
-    shared = share(model, world)
+    with precision.handle.off():
+        shared = share(model, world)
     precision.optimize()
     return precision, shared
 

@@ -1,6 +1,7 @@
 """The processes of one run: DDP and FSDP2 under torchrun, and what they agree on."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -86,20 +87,38 @@ def share(model: nn.Module, world: World) -> nn.Module:
     """`model` as the processes train it: wrapped (ddp), sharded in place (fsdp2) or as it is."""
     if world.mode == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, forward_sync_buffers=False
+        )
     if world.mode == "fsdp2":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        # Nothing here writes into the logits in place, which is what this warns of.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(world.device.type, (world.size,))
-        for layer in layers_of(model):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        for module in (*layers_of(model), model):
+            fully_shard(module, mesh=mesh)
+        _register(model)
     return model
+
+
+def _register(model: nn.Module) -> None:
+    """Let FSDP take its references to the parameters at once.
+
+    It would read them as attributes before the first forward pass, and a quantized table answers
+    with its rounded copy: call this while the quantizers are off.
+    """
+    for module in (*layers_of(model), model):
+        sharded = cast(_Sharded, module)
+        sharded.unshard()
+        sharded.reshard()
 
 
 class _Sharded(Protocol):
     def set_requires_gradient_sync(self, on: bool) -> None: ...
+    def reshard(self) -> None: ...
+    def unshard(self) -> None: ...
 
 
 def synchronized(model: nn.Module, world: World, on: bool) -> AbstractContextManager[None]:
@@ -109,6 +128,12 @@ def synchronized(model: nn.Module, world: World, on: bool) -> AbstractContextMan
     elif world.mode == "ddp" and not on:
         return cast(nn.parallel.DistributedDataParallel, model).no_sync()  # pyright: ignore
     return nullcontext()
+
+
+def settle(model: nn.Module, world: World) -> None:
+    """After a forward pass without a backward one: `model`'s parameters are the sharded ones."""
+    if world.mode == "fsdp2":
+        cast(_Sharded, model).reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -55,9 +55,14 @@ def model_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
 
 
 def _optimizer_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in s.model.named_parameters():
+    for name, parameter in _optimized(s):
         for key, value in s.precision.optimizer.state.get(parameter, {}).items():
             yield f"{name}/{key}", torch.as_tensor(value)
+
+
+def _optimized(s: Session) -> Iterator[tuple[str, Tensor]]:
+    for group in s.precision.optimizer.param_groups:
+        yield from zip(group["param_names"], group["params"], strict=True)
 
 
 def _restore_optimizer(s: Session, content: Checkpoint) -> None:
@@ -65,7 +70,7 @@ def _restore_optimizer(s: Session, content: Checkpoint) -> None:
     for path, tensor in content.tensors["optimizer"].items():
         name, _, key = path.rpartition("/")
         states.setdefault(name, {})[key] = tensor
-    for name, parameter in s.model.named_parameters():
+    for name, parameter in _optimized(s):
         saved = states.get(name, {})
         s.precision.optimizer.state[parameter] = {
             key: sharded_like(t, parameter) if t.shape == parameter.shape else t

@@ -11,6 +11,7 @@ from halfulp.errors import NonFiniteError
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.random import Key
 from halfulp.train import nonfinite
+from halfulp.train.checkpoint import path_of
 from halfulp.train.model import next_token_loss, random_state
 from halfulp.train.nonfinite import Place
 from halfulp.train.parallel import local, synchronized
@@ -150,14 +151,14 @@ def _place_of_loss(s: Session) -> Place:
 def _refuse(s: Session, what: str, place: Place) -> None:
     step = s.step + 1
     s.emit("nonfinite", step=step, what=what, block=place.block)
-    folder = s.run.path / "checkpoints"
-    good = f"step {s.saved}" if s.saved else "none"
     cure = f"halve train.lr (it is {s.config.train.lr:g})"
     if place.block:
         cure += f", or give the block a wider recipe with a rule that matches {place.block!r}"
-    start = f"\nStart from the last good weights with: --model {folder}/step-{s.saved:08d}"
+    good = "Last good checkpoint: none."
+    if s.saved:
+        path = path_of(s.run.path / "checkpoints", s.saved)
+        good = f"Last good checkpoint: step {s.saved}; start from its weights with --model {path}"
     raise NonFiniteError(
         f"step {step}: the {what} is not finite; first in {place}. Nothing was updated or saved. "
-        f"Last good checkpoint: {good}. The same configuration would fail again: {cure}."
-        + (start if s.saved else "")
+        f"The same configuration would fail again: {cure}. {good}"
     )

@@ -17,7 +17,9 @@ LINEARS = {
 }
 OPERANDS = ("fprop.x", "fprop.w", "dgrad.g", "dgrad.w", "wgrad.g", "wgrad.x")
 
-Share = Callable[[str, str, float], tuple[float, float]]  # block, operand, progress → (mean, energy)
+Share = Callable[
+    [str, str, float], tuple[float, float]
+]  # block, operand, progress → (mean, energy)
 
 
 def config(recipe: str, **train: Any) -> dict[str, Any]:
@@ -60,7 +62,9 @@ def write_run(
     t = np.arange(1, STEPS + 1)
     gap = price * (1 - np.exp(-t / 160)) / (1 - math.exp(-STEPS / 160))
     loss = loss + gap + rng.normal(0, scatter, STEPS)
-    smooth = loss_curve(STEPS, seed) * 0 + 2.22 + 3.4 * np.exp(-t / 12) + 1.6 * (1 + t / 25) ** -0.75
+    smooth = (
+        loss_curve(STEPS, seed) * 0 + 2.22 + 3.4 * np.exp(-t / 12) + 1.6 * (1 + t / 25) ** -0.75
+    )
     asked = settings or config(recipe, seed=seed)
     command = ["halfulp", "train", "--recipe", recipe, "--steps", str(STEPS)]
     with Run.create(path, asked, command=command) as run:
@@ -77,7 +81,7 @@ def write_run(
                 seconds=2048 / speed,
             )
             if step == nan_at:
-                run.write("nonfinite", step=step, what="the loss", block="layers.2.ffn")
+                run.write("nonfinite", step=step, what="loss", block="layers.2.ffn")
                 break
             if step % 50 == 0 or step == STEPS:
                 held_out = float(smooth[step - 1] + gap[step - 1] + rng.normal(0, scatter / 20))
@@ -117,7 +121,10 @@ def hash_of(text: str) -> int:
 
 
 def gemm_rows(
-    rng: np.random.Generator, form: str, underflow: Callable[[str, str], float], saturated: float = 0
+    rng: np.random.Generator,
+    form: str,
+    underflow: Callable[[str, str], float],
+    saturated: float = 0,
 ) -> list[dict[str, Any]]:
     rows = []
     for block in blocks():
@@ -212,7 +219,5 @@ def six_runs(root: Path) -> list[Path]:
         ),
         write_run(root / "te_current", "te_current", price=0.003, rows=current_rows, speed=10900),
         write_run(root / "fp8_unscaled", "fp8_unscaled", price=0.29, rows=unscaled_rows),
-        write_run(
-            root / "nvfp4", "nvfp4", price=0.009, scatter=0.035, rows=nvfp4_rows, speed=7900
-        ),
+        write_run(root / "nvfp4", "nvfp4", price=0.0085, scatter=0.02, rows=nvfp4_rows, speed=7900),
     ]
