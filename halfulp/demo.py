@@ -35,7 +35,7 @@ class Demo:
 
 def config_of_demo(*, quick: bool) -> TrainConfig:
     """What the six runs share: everything but the recipe and the directory."""
-    steps = 60 if quick else 400
+    steps = 60 if quick else 300
     return load_config(
         {
             "model": {"preset": "llama-tiny" if quick else "llama-demo"},

@@ -218,7 +218,6 @@ class Quantized:
 
 
 def _row(site: Site, operand: str, values: dict[str, float]) -> dict:
-    history = site.histories.get(operand)
     row = {
         "block": site.block,
         "gemm": site.name,
@@ -226,10 +225,8 @@ def _row(site: Site, operand: str, values: dict[str, float]) -> dict:
         "format": str(site.quantizer(operand)),
         **values,
     }
-    if history is not None:
-        row["stale"] = (
-            values["amax"] * history.scale.item() / site.quantizer(operand).format.largest
-        )
+    if (scale := site.scales.get(operand)) is not None:
+        row["stale"] = values["amax"] * scale.item() / site.quantizer(operand).format.largest
     return row
 
 

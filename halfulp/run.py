@@ -314,7 +314,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         value = json.loads(line)
     except ValueError:
         return None
-    return _revive(value) if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return None
+    return _revive(value) if b'"NaN"' in line or b'Infinity"' in line else value
 
 
 def _revive(value: Any) -> Any:

@@ -70,6 +70,9 @@ class Site:
     carrier: str = "fp32"
     histories: dict[str, History] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # delayed ones, as the counters saw them
 
     def __post_init__(self) -> None:
         for operand in OPERANDS:
@@ -99,7 +102,9 @@ class Site:
         """Whether the copy made for the other GEMM of this tensor serves `operand` too."""
         other, q = _OTHER[operand], self.quantizer(operand)
         encoded = "int8" in (self.gemms[operand[:5]][0], self.gemms[other[:5]][0])
-        return q.one_copy and not encoded and q == self.quantizer(other)
+        # Integers draw per GEMM in every carrier, so that all carriers draw the same.
+        separate = encoded or (q.stochastic and q.format.is_int)
+        return q.one_copy and not separate and q == self.quantizer(other)
 
     def key(self, operand: str, at: "Moment") -> Key | Tensor | None:
         if not self.quantizer(operand).stochastic:
@@ -137,6 +142,8 @@ class Site:
             sums = quantizer_statistics(x, y, self.quantizer(operand), scale)
             old = self.sums.get(operand)
             self.sums[operand] = sums if old is None else merge(old, sums)
+            if scale is not None:
+                self.scales[operand] = scale
 
     def product(self, gemm: str, a: str, x: Tensor, b: str, w: Tensor, at: "Moment") -> Tensor:
         """x wᵀ in this GEMM's carrier, of operands that `quantize` made (raw ones for int8)."""

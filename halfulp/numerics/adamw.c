@@ -46,6 +46,7 @@ CLONES static void adamw_range(int64_t begin, int64_t end, const void *context) 
         const uint32_t n = (uint32_t)(end - i < chunk ? end - i : chunk);
         if (job.p16 && job.g16) {
             if (rounding == STOCHASTIC) steps(job, q, s, STOCHASTIC, 1, 1, i, n);
+            else if (rounding == TRUNCATE) steps(job, q, s, TRUNCATE, 1, 1, i, n);
             else steps(job, q, s, NEAREST, 1, 1, i, n);
         } else if (rounding == STOCHASTIC) steps(job, q, s, STOCHASTIC, job.p16, job.g16, i, n);
         else if (rounding == NEAREST) steps(job, q, s, NEAREST, job.p16, job.g16, i, n);

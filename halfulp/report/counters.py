@@ -94,21 +94,24 @@ def overall(counts: Counts) -> Worst:
     places = {
         place: float(_ratio(hits[rows].sum(), total[rows].sum()))
         for place, rows in groups.items()
-        if counts.sites[rows[0]].operand == operand
+        if place[2] == operand
     }
-    matrices = [p for p in places if not counts.sites[groups[p][0]].block.endswith("norm")]
+    matrices = [p for p in places if not p[0].endswith("norm")]
     top = max(matrices or places, key=lambda p: places[p])
     site = counts.sites[groups[top][0]]
     n = len(members[operand])
-    return Worst(pooled[operand], top[0], site, places[top], operand, len(counts.steps), n)
+    return Worst(pooled[operand], top[1], site, places[top], operand, len(counts.steps), n)
 
 
-def _places(counts: Counts) -> dict[tuple[str, str], list[int]]:
+_Place = tuple[str, str, str]  # block, name, operand
+
+
+def _places(counts: Counts) -> dict[_Place, list[int]]:
     """Rows that are one place: a GEMM's operand, or all parameters of a block."""
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[_Place, list[int]] = {}
     for i, site in enumerate(counts.sites):
         name = site.name if site.operand else site.block
-        groups.setdefault((name, site.operand), []).append(i)
+        groups.setdefault((site.block, name, site.operand), []).append(i)
     return groups
 
 
@@ -151,7 +154,7 @@ def strip(record: Record, counter: Counter) -> Strip:
     blocks = tuple(sorted({site.block for site in counts.sites}, key=block_order))
     rows, worst, places, levels = [], [], [], []
     for block in blocks:
-        mine = {p: g for p, g in groups.items() if counts.sites[g[0]].block == block}
+        mine = {p: g for p, g in groups.items() if p[0] == block}
         hits = np.array([counts.hits[g].sum(axis=0) for g in mine.values()])
         total = np.array([counts.total[g].sum(axis=0) for g in mine.values()])
         pooled = _ratio(hits.sum(axis=1), total.sum(axis=1))
@@ -160,7 +163,7 @@ def strip(record: Record, counter: Counter) -> Strip:
         form = counts.sites[mine[place][0]].format
         rows.append(np.fmax.reduce(_ratio(hits, total), axis=0))
         worst.append(float(pooled[top]))
-        places.append(" ".join(part for part in place if part))
+        places.append(" ".join(part for part in place[1:] if part))
         levels.append(level(counter, worst[-1], form))
     table = np.array(rows)
     return Strip(record, blocks, counts.steps, table, np.array(worst), tuple(places), tuple(levels))

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 WIDTH, LEFT, RIGHT = 1080, 58, 176
 LOSS_HEIGHT, PRICE_HEIGHT, TOP, GAP, BOTTOM = 290, 270, 34, 58, 46
+LABEL_SIZE = 22  # characters beside a curve
 LABEL_GAP = 17  # pixels between the baselines of two labels
+MOST_DOTS = 30  # held-out differences drawn per run
 MOST_POINTS = 600  # a longer curve is drawn by every so many-th smoothed point
 BANDS_UP_TO = 6  # more runs than this are drawn without bands
 
@@ -191,9 +193,20 @@ def _held_out_dots(axes: "Axes", price: Price, color: str) -> None:
         return
     mine, theirs = price.run.held_out.finite(), price.reference.held_out.finite()
     steps, i, j = np.intersect1d(mine.steps, theirs.steps, assume_unique=True, return_indices=True)
-    values = mine.values[i] - theirs.values[j]
+    every = -(-len(steps) // MOST_DOTS)
+    shown = slice((len(steps) - 1) % every if every else 0, None, every or 1)
+    values = (mine.values[i] - theirs.values[j])[shown]
     axes.plot(
-        steps, values, "o", ms=5, mfc=CARD, mec=color, mew=1.5, ls="", clip_on=False, zorder=3
+        steps[shown],
+        values,
+        "o",
+        ms=5,
+        mfc=CARD,
+        mec=color,
+        mew=1.5,
+        ls="",
+        clip_on=False,
+        zorder=3,
     )
 
 
@@ -217,7 +230,8 @@ def _end_labels(axes: "Axes", ends: Sequence[tuple[Curve, Record, str]]) -> None
         axes.plot(last, value, "X" if broke else "o", color=color, ms=8 if broke else 4.5)
         if last < edge:
             axes.plot([last, edge], [value, value], ":", color=color, lw=1.0)
-        text = short(record.label) + (f" ✕ step {record.broke_at:,}" if broke else "")
+        note = f" ✕ step {record.broke_at:,}" if broke else ""
+        text = short(record.label, most=LABEL_SIZE - len(note)) + note
         _label(axes, text, y / height, end / height, color)
 
 
@@ -250,10 +264,10 @@ def _label(axes: "Axes", text: str, y: float, end: float, color: str) -> None:
     )
 
 
-def short(label: str) -> str:
-    """A label that fits beside a curve or above a panel."""
+def short(label: str, *, most: int = LABEL_SIZE) -> str:
+    """A label of at most `most` characters that a figure can show."""
     text = printable(label).replace("\n", " ")
-    return text if len(text) <= 24 else f"{text[:23]}…"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def spread(wanted: Sequence[float], gap: float, height: float) -> list[float]:

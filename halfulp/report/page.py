@@ -310,8 +310,8 @@ def _footer(prices: Sequence[Price], bar_nats: float) -> Markup:
         f"{bar_nats:g} nats above that of the reference with the same configuration, seed and "
         "data, fails if it is more above, and could not be told if the 95 % uncertainty reaches "
         "across. The uncertainty is that of the mean paired step difference over the last fifth of "
-        f"the run, corrected for autocorrelation{worth}, because evaluations are not recorded batch by batch. A run whose "
-        "loss was not finite fails. Losses are in nats per token; perplexity is their exponential. "
-        "One run per recipe says nothing about other seeds."
+        f"the run, corrected for autocorrelation{worth}, because evaluations are not recorded "
+        "batch by batch. A run whose loss was not finite fails. Losses are in nats per token; "
+        "perplexity is their exponential. One run per recipe says nothing about other seeds."
     )
     return tag("footer", tag("p", text))

@@ -133,8 +133,8 @@ def _read(path: Path) -> Record:
     config, summary = run.config(), run.summary()
     steps, evals = events.get("step", []), events.get("eval", [])
     last_step = max((int(e["step"]) for e in steps + evals if "step" in e), default=0)
-    gemms, optimizer = _rows(events, "gemms"), _rows(events, "optimizer")
-    rows = {"gemms": gemms, "optimizer": optimizer}
+    counted = events.get("counters", [])
+    tallies = {kind: _Tally(counted, kind) for kind in ("gemms", "optimizer")}
     start = events.get("start", [{}])[-1]
     return Record(
         path=path,
@@ -148,8 +148,8 @@ def _read(path: Path) -> Record:
         tokens=_curve(steps, "tokens"),
         held_out=_curve(evals, "loss_nats"),
         held_out_fp32=_curve(evals, "loss_nats_fp32"),
-        counters=_counters(rows),
-        peaks={name: _peak(gemms, name) for name in PEAKS},
+        counters=_counters(tallies),
+        peaks={name: tallies["gemms"].peaks(name) for name in PEAKS},
         nonfinite=events.get("nonfinite", [{}])[-1],
         tokens_per_second=_speed(summary, steps),
         summary=summary,
@@ -161,7 +161,7 @@ def _read(path: Path) -> Record:
             (int(event["step"]), str(event["recipe"])) for event in events.get("schedule", ())
         ),
         torn=_is_torn(run.path / "events.jsonl"),
-        formats=_formats(rows),
+        formats=_formats(tallies.values()),
     )
 
 
@@ -207,12 +207,51 @@ def _speed(summary: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> fl
     return tokens / seconds if seconds > 0 else math.nan
 
 
-_Rows = list[tuple[int, Mapping[str, Any]]]
+class _Tally:
+    """Counter rows of one kind ("gemms" or "optimizer") gathered by site, in one pass."""
+
+    def __init__(self, events: Iterable[Mapping[str, Any]], kind: str):
+        # A step that was repeated after a resume counts once: the last time.
+        latest = {int(event["step"]): event for event in events}
+        self.steps = sorted(latest)
+        self.sites: dict[Site, int] = {}
+        self.rows: list[tuple[int, int, Mapping[str, Any]]] = []  # site, step, row; as indices
+        known: dict[tuple[Any, ...], int] = {}
+        for j, step in enumerate(self.steps):
+            for row in latest[step].get(kind) or ():
+                key = tuple(map(row.get, _IDENTITY))
+                if key not in known:
+                    known[key] = self.sites.setdefault(_site(row), len(self.sites))
+                self.rows.append((known[key], j, row))
+
+    def counts(self, hits: str, total: str) -> Counts | None:
+        """Two fields as tables, over the sites and steps that have them; None if there are none."""
+        held = [(i, j, row) for i, j, row in self.rows if row.get(total) and hits in row]
+        if not held:
+            return None
+        where = np.array([(i, j) for i, j, _ in held])
+        table = np.zeros((2, len(self.sites), len(self.steps)))
+        # Two rows of one site and step are two parts of one tensor: they add.
+        for layer, name in zip(table, (hits, total), strict=True):
+            values = [float(row[name] or 0) for _, _, row in held]
+            np.add.at(layer, (where[:, 0], where[:, 1]), values)
+        rows, columns = (np.flatnonzero(table[1].any(axis=axis)) for axis in (1, 0))
+        sites, inside = list(self.sites), np.ix_(rows, columns)
+        steps = np.array(self.steps)[columns]
+        return Counts(steps, tuple(sites[i] for i in rows), table[0][inside], table[1][inside])
+
+    def peaks(self, name: str) -> dict[Site, float]:
+        """The largest finite value of a field per site."""
+        peaks: dict[int, float] = {}
+        for i, _, row in self.rows:
+            value = row.get(name)
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                peaks[i] = max(peaks.get(i, 0.0), float(value))
+        sites = list(self.sites)
+        return {sites[i]: value for i, value in peaks.items()}
 
 
-def _rows(events: Mapping[str, list[dict[str, Any]]], kind: str) -> _Rows:
-    latest = {int(event["step"]): event for event in events.get("counters", ())}
-    return [(step, row) for step in sorted(latest) for row in latest[step].get(kind) or ()]
+_IDENTITY = ("block", "gemm", "parameter", "operand", "format", "weight_format")
 
 
 def _site(row: Mapping[str, Any]) -> Site:
@@ -221,43 +260,15 @@ def _site(row: Mapping[str, Any]) -> Site:
     return Site(str(row["block"]), str(name), str(row.get("operand", "")), str(form))
 
 
-def _counters(rows: Mapping[str, _Rows]) -> dict[str, Counts]:
-    counters = {}
-    for name, (kind, hits, total) in COUNTED.items():
-        held = [(step, row) for step, row in rows[kind] if hits in row and row.get(total)]
-        if held:
-            counters[name] = _table(held, hits, total)
-    return counters
+def _counters(tallies: Mapping[str, _Tally]) -> dict[str, Counts]:
+    tables = {key: tallies[kind].counts(*names) for key, (kind, *names) in COUNTED.items()}
+    return {key: counts for key, counts in tables.items() if counts is not None}
 
 
-def _table(rows: _Rows, hits: str, total: str) -> Counts:
-    steps = {step: j for j, step in enumerate(sorted({step for step, _ in rows}))}
-    sites: dict[Site, int] = {}
-    for _, row in rows:
-        sites.setdefault(_site(row), len(sites))
-    table = np.zeros((2, len(sites), len(steps)))
-    for step, row in rows:
-        i, j = sites[_site(row)], steps[step]
-        # Two rows of one site and step are two micro-batches: they add.
-        table[:, i, j] += float(row[hits] or 0), float(row[total])
-    return Counts(np.array(list(steps), int), tuple(sites), table[0], table[1])
-
-
-def _peak(rows: _Rows, name: str) -> dict[Site, float]:
-    peaks: dict[Site, float] = {}
-    for _, row in rows:
-        value = row.get(name)
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            peaks[_site(row)] = max(peaks.get(_site(row), 0.0), float(value))
-    return peaks
-
-
-def _formats(rows: Mapping[str, _Rows]) -> dict[str, tuple[str, ...]]:
+def _formats(tallies: Iterable[_Tally]) -> dict[str, tuple[str, ...]]:
     seen: dict[str, dict[str, None]] = {}
-    for _, row in [*rows["gemms"], *rows["optimizer"]]:
-        site = _site(row)
-        if site.format:
-            seen.setdefault(site.operand or "weight", {})[site.format] = None
+    for site in (site for tally in tallies for site in tally.sites if site.format):
+        seen.setdefault(site.operand or "weight", {})[site.format] = None
     return {operand: tuple(formats) for operand, formats in seen.items()}
 
 

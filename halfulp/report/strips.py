@@ -9,7 +9,7 @@ import numpy as np
 from halfulp.report import words
 from halfulp.report.counters import Counter, Strip, block_order
 from halfulp.report.curves import short
-from halfulp.report.html import Markup, printable
+from halfulp.report.html import Markup
 from halfulp.report.price import PASS
 from halfulp.report.svg import INK, LINE, MUTED, figure, render
 
@@ -109,7 +109,7 @@ def _ticks(axes: Any, strip: Strip, blocks: list[str], *, labels: bool) -> None:
     axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
     axes.set_yticks(range(len(blocks)))
-    names = [short(printable(block)) for block in blocks]
+    names = [short(block, most=16) for block in blocks]
     axes.set_yticklabels(names if labels else [], fontsize=10.5)
     axes.tick_params(axis="y", pad=5)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))

@@ -24,7 +24,7 @@ body {
 }
 main { max-width: 1160px; margin: 0 auto; padding: 36px 24px 64px; }
 h1, h2, h3, p, ul, figure { margin: 0; }
-.kicker { color: var(--muted); font-size: 14px; }
+.kicker { color: var(--muted); font-size: 14px; overflow-wrap: anywhere; }
 h1 {
   font-size: 30px; line-height: 1.25; font-weight: 650; letter-spacing: -0.012em;
   margin: 10px 0 14px; text-wrap: balance; overflow-wrap: anywhere;

@@ -15,7 +15,7 @@ Array = Tensor | np.ndarray
 def fp32(x: Array) -> np.ndarray:
     """`x` as a flat fp32 array; float64 values must be fp32 numbers already."""
     x = x.detach().float().numpy() if isinstance(x, Tensor) else x
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         return np.ascontiguousarray(x, np.float32).reshape(-1)
 
 

@@ -133,7 +133,7 @@ def round_array(
     words: np.ndarray | None = None,
 ) -> np.ndarray:
     """`round_exact` on a float64 array: every operation below is exact."""
-    x = np.asarray(x, np.float64)
+    x = double(x)
     finite = np.isfinite(x)
     magnitude = np.where(finite, np.abs(x), 0.0)
     e = np.maximum(np.frexp(np.where(magnitude == 0, 1.0, magnitude))[1] - 1, g.e_min)
@@ -151,6 +151,12 @@ def round_array(
     value = np.where(value > g.largest, g.largest if rounding == "truncate" else beyond, value)
     value = np.where(finite, value, np.where(np.isnan(x), np.nan, beyond))
     return np.copysign(value, x)
+
+
+def double(x: np.ndarray) -> np.ndarray:
+    """`x` in float64, without numpy's warning about signaling NaNs."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(x, np.float64)
 
 
 def _moves(share: np.ndarray, nearest: np.ndarray, g: Grid, words: np.ndarray) -> np.ndarray:

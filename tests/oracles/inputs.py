@@ -35,7 +35,7 @@ def around_grid(name: str) -> np.ndarray:
     grid = values(name)
     gap = np.append(np.diff(grid), grid[-1] - grid[-2])
     points = np.concatenate([grid + gap * share for share in (0, 0.25, 0.5, 0.75)])
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         bits = points.astype(np.float32).view(np.uint32)
     near = (bits.astype(np.int64)[:, None] + np.arange(-2, 3)).clip(0, 0x7FFFFFFF).ravel()
     near = near.astype(np.uint32)

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from oracles.grids import F32, Grid, floor_log2, grid, round_array
+from oracles.grids import F32, Grid, double, floor_log2, grid, round_array
 
 MOST = F32(np.finfo(F32).max)
 
@@ -38,7 +38,7 @@ def scale_pair(amax: float, g: Grid, rule: str, margin: int = 0) -> tuple[float,
     if amax == 0:
         return 1.0, 1.0
     if rule == "current":
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             s = min(F32(g.largest) / F32(amax) * F32(2.0**-margin), MOST)
         return float(s), float(F32(1) / s)
     e = (exponent_floor if rule == "e8m0_floor" else exponent_up)(amax, g.largest)
@@ -59,7 +59,7 @@ def quantize(
     """fp32 [rows, columns] under `current`, `p2`, `e8m0_up` or `e8m0_floor` scales per tile."""
     g, y = grid(name), np.empty_like(x)
     for at in groups(x.shape, tile):
-        amax = np.abs(x[at].astype(np.float64)).max()
+        amax = np.abs(double(x[at])).max()
         y[at] = given(x[at], g, *scale_pair(amax, g, rule, margin), rounding, _at(words, at))
     return y
 
@@ -74,7 +74,7 @@ def given(
 ) -> np.ndarray:
     """Q(x · s) · (1/s), each product rounded once to fp32."""
     with np.errstate(over="ignore", invalid="ignore"):
-        scaled = (x.astype(np.float64) * s).astype(F32)
+        scaled = (double(x) * s).astype(F32)
         return (round_array(scaled, g, rounding, True, words) * inverse).astype(F32)
 
 
@@ -88,7 +88,7 @@ def nvfp4(
     amax = np.abs(x).max()
     if not np.isfinite(amax):
         return np.full_like(x, np.nan)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         g = F32(1) if amax == 0 else min(F32(2688) / amax, MOST)
     y, decode, e4m3 = np.empty_like(x), F32(1) / g, grid("e4m3")
     for at in groups(x.shape, tile):

@@ -9,7 +9,7 @@ import numpy as np
 
 from halfulp.run import Run
 
-STEPS, LAYERS, EVERY = 500, 4, 10
+STEPS, LAYERS, EVERY = 500, 4, 20
 LINEARS = {
     "qk": ("q_proj", "k_proj"),
     "vo": ("v_proj", "o_proj"),
@@ -50,21 +50,20 @@ def write_run(
     price: float = 0.0,
     scatter: float = 0.004,
     rows: Callable[[float, np.random.Generator], dict[str, list[dict[str, Any]]]] | None = None,
-    steps: int = STEPS,
+    steps: int | None = None,
     seed: int = 0,
     nan_at: int = 0,
     finish: bool = True,
     settings: dict[str, Any] | None = None,
     speed: float = 9000.0,
 ) -> Path:
-    rng = np.random.default_rng(abs(hash_of(recipe)) + seed)
+    steps = STEPS if steps is None else steps
+    rng = np.random.default_rng(hash_of(recipe) + seed)
     loss = loss_curve(STEPS, seed)
     t = np.arange(1, STEPS + 1)
     gap = price * (1 - np.exp(-t / 160)) / (1 - math.exp(-STEPS / 160))
     loss = loss + gap + rng.normal(0, scatter, STEPS)
-    smooth = (
-        loss_curve(STEPS, seed) * 0 + 2.22 + 3.4 * np.exp(-t / 12) + 1.6 * (1 + t / 25) ** -0.75
-    )
+    smooth = 2.22 + 3.4 * np.exp(-t / 12) + 1.6 * (1 + t / 25) ** -0.75
     asked = settings or config(recipe, seed=seed)
     command = ["halfulp", "train", "--recipe", recipe, "--steps", str(STEPS)]
     with Run.create(path, asked, command=command) as run:

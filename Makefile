@@ -1,0 +1,36 @@
+# One virtual environment, one test command. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test slow reproduce benchmarks lint types clean
+
+demo: .venv/ready
+	$(BIN)/halfulp demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n 2
+
+slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
+reproduce: .venv/ready
+	$(BIN)/python -m reproduce
+
+benchmarks: .venv/ready
+	$(BIN)/python -m benchmarks
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "halfulp needs Python 3.11 or newer: make PYTHON=python3.11 …"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev]'
+	touch $@
