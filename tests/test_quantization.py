@@ -350,7 +350,7 @@ def test_counters_name_what_happened_where() -> None:
     assert rows["wgrad.g"]["underflow"] == 1.0
     assert rows["wgrad.g"]["amax"] == pytest.approx(1e-6)
     assert rows["fprop.w"]["stale"] == pytest.approx(rows["fprop.w"]["amax"] / 448)
-    assert rows["fprop.x"]["block"] == "ffn"
+    assert rows["fprop.x"]["block"] == "layers.0.ffn"
     handle.count(False)
     model(x)
     assert handle.counters() == []

@@ -1,5 +1,6 @@
 """`halfulp formats`: the number formats."""
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,6 +37,11 @@ def formats(
 
 
 def _row(f: "Format") -> tuple[object, ...]:
-    reals = (f.unit_roundoff, f.largest, f.smallest_normal, f.smallest_subnormal)
-    u, *rest = (f"{value:.6g}" for value in reals)
-    return (f.name, f.bits, f.exponent_bits, f.mantissa_bits, u, *rest, f.overflow)
+    u = "" if f.is_int else _power(f.unit_roundoff)
+    range_ = (f"{f.largest:.5g}", _power(f.smallest_normal), _power(f.smallest_subnormal))
+    return (f.name, f.bits, f.exponent_bits, f.mantissa_bits, u, *range_, f.overflow)
+
+
+def _power(value: float) -> str:
+    """A power of two as such, exactly."""
+    return f"2^{math.frexp(value)[1] - 1}"

@@ -49,8 +49,9 @@ COUNTERS = (
         1e-5,
         1e-2,
         1e-6,
-        "Share of the elements beyond the largest number of the scaled format. "
-        "Each cell is the worst operand of the block.",
+        "Share of the elements beyond the largest number of the scaled format. Each cell is the "
+        "worst operand of the block. Tiles of N elements with a rounded scale saturate by design, "
+        "up to a share of about 2/N.",
     ),
     Counter(
         "v_underflow",

@@ -137,7 +137,7 @@ def _value(axes: Any, strip: Strip, row: int, block: str) -> None:
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
         ha="right",
-        va="center",
+        va="center_baseline",
         fontsize=10.5,
         color=INK if bad else MUTED,
         fontweight="bold" if bad else "normal",

@@ -49,16 +49,14 @@ def test_nvfp4_equals_the_reference_formula(block, rounding, kind, kernel_name):
     x = data(kind, 40, 104)
     tile = tuple(map(int, block.split("x")))
     q = parse_quantizer(f"e2m1@{block}:nvfp4:{rounding}")
-    y = apply_quantizer(torch.from_numpy(x), q, key=KEY)
     if kind == "nan_inf":  # C and torch differ in zero blocks: test_invariance.py
-        y, x = y[:-16], x[:-16]
-        assert_same(y, np.full_like(x, np.nan))
-    else:
-        assert_same(y, nvfp4(x, tile, rounding, words_of(x)), x)
+        x = x[:-1]
+    y = apply_quantizer(torch.from_numpy(x), q, key=KEY)
+    assert_same(y, nvfp4(x, tile, rounding, words_of(x)), x)
 
 
 def test_nvfp4_scales_are_e4m3_times_one_tensor_scale():
-    x = torch.from_numpy(data("lognormal", 32, 128))
+    x = torch.from_numpy(data("lognormal", 33, 128)[:32])
     s, inverse = scales(x, parse_quantizer("e2m1@1x16:nvfp4"))
     codes = (inverse.double() * (2688 / x.abs().amax().double())).numpy()
     error = np.abs(codes / round_array(codes, grid("e4m3")) - 1)
@@ -75,7 +73,7 @@ def test_square_tiles_serve_the_transpose_and_blocks_do_not(kernel_name):
         ("e4m3@32x32:e8m0_up", True),
         ("e4m3@tensor", True),
         ("e2m1@1x16:nvfp4", False),
-        ("e4m3@1x32:e8m0_up", False),
+        ("e2m1@1x32:e8m0_up", False),
         ("e4m3@row", False),
     ):
         q = parse_quantizer(text)

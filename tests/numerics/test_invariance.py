@@ -59,7 +59,8 @@ def test_c_equals_torch(name, rounding, saturate):
 @pytest.mark.parametrize("text", QUANTIZERS)
 def test_c_equals_torch_with_scales(text, rounding, kind):
     q = parse_quantizer(f"{text}:{rounding}")
-    x = torch.from_numpy(data(kind, 70, 160)).view(2, 35, 160)
+    # Without the zero blocks at the end, which the next test is about.
+    x = torch.from_numpy(data(kind, 71, 160)[:70]).view(2, 35, 160)
     results = []
     for kernel in ("c", "torch"):
         with on_kernel(kernel):

@@ -97,7 +97,7 @@ def nvfp4(
         s = F32(block) * decode
         with np.errstate(over="ignore", divide="ignore"):
             inverse = min(F32(1) / s, MOST)
-        scaled = np.clip(x[at] * inverse, F32(-6), F32(6))
+            scaled = np.clip(x[at] * inverse, F32(-6), F32(6))
         codes = round_array(scaled, grid("e2m1"), rounding, True, _at(words, at))
         y[at] = codes.astype(F32) * s
     return y

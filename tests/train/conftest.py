@@ -8,7 +8,23 @@ import pytest
 from halfulp.train.config import TrainConfig, load_config
 from halfulp.train.tree import merge
 
-WORDS = "the of loss round off error step gradient weight bit scale block norm head tail".split()
+WORDS = [
+    "the",
+    "of",
+    "loss",
+    "round",
+    "off",
+    "error",
+    "step",
+    "gradient",
+    "weight",
+    "bit",
+    "scale",
+    "block",
+    "norm",
+    "head",
+    "tail",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
