@@ -41,8 +41,7 @@ def test_help_lists_the_commands_with_whole_sentences(capsys):
     code, out, err = run(capsys, "--help")
     assert (code, err) == (0, "")
     for command in COMMANDS:
-        assert re.search(rf"^  {command} +\w.*\.$", out, re.MULTILINE)
-    assert "..." not in out
+        assert re.search(rf"^  {command} +\w.*[^.]\.$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -76,7 +75,7 @@ def test_help_does_not_import_torch():
 )
 def test_a_mistake_is_a_message_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, *arguments)
+    code, _, err = run(capsys, *arguments)
     assert code == 2
     assert err.startswith("error: ")
     assert message in err

@@ -22,7 +22,7 @@ def demo(
     from halfulp.report import findings
 
     logging.set_verbosity_error()
-    with Progress() as progress:
+    with Progress(compare=True) as progress:
         result = run(out, quick=quick, force=force, on_run=progress.begin, on_event=progress.event)
     for failed in (r for r in result.runs if r.failure):
         print(f"{failed.recipe} failed: {failed.failure}")

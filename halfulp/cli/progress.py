@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from halfulp.cli.show import is_live, number, worst_counter
 
 _SECONDS_BETWEEN_LINES = 10.0
-_COLUMNS = ("run", "step", "loss", "held out", "Δ to first", "tokens/s", "worst counter")
+_COLUMNS = ("run", "step", "loss", "held out", "in fp32", "tokens/s", "left", "worst counter")
+_COMPARED = ("run", "step", "loss", "held out", "Δ to first", "tokens/s", "left", "worst counter")
 
 
 @dataclass
@@ -22,9 +23,11 @@ class Row:
     held_out: float | None = None
     held_out_fp32: float | None = None
     tokens_per_second: float | None = None
+    held_out_at: dict[int, float] = field(default_factory=dict)  # by step
     counter: str = ""
     note: str = ""
     _tokens: int = 0
+    _seconds: float | None = None  # of one step
 
     def update(self, event: Mapping[str, Any]) -> None:
         """Take in one event of the run."""
@@ -35,10 +38,18 @@ class Row:
             self._take_step(event)
         elif kind == "eval":
             self.held_out, self.held_out_fp32 = event["loss_nats"], event["loss_nats_fp32"]
+            self.held_out_at[event["step"]] = event["loss_nats"]
         elif kind == "counters":
             self.counter = worst_counter(event)
         elif kind == "nonfinite":
             self.note = f"{event['what']} not finite in {event['block'] or 'no single block'}"
+
+    def left(self) -> str:
+        """Estimated time to the last step, as minutes and seconds."""
+        if self._seconds is None or self.step >= self.steps:
+            return ""
+        minutes, seconds = divmod(round(self._seconds * (self.steps - self.step)), 60)
+        return f"{minutes}:{seconds:02d}"
 
     def _take_step(self, event: Mapping[str, Any]) -> None:
         self.step, self.loss = event["step"], _smooth(self.loss, event["loss_nats"])
@@ -46,12 +57,14 @@ class Row:
             speed = (event["tokens"] - self._tokens) / event["seconds"]
             self.tokens_per_second = _smooth(self.tokens_per_second, speed)
         self._tokens = event["tokens"]
+        self._seconds = _smooth(self._seconds, event["seconds"])
 
 
 class Progress:
-    """A context that shows runs as their events arrive; the first run is what Δ refers to."""
+    """A context that shows runs as their events arrive; with `compare`, each against the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, compare: bool = False) -> None:
+        self._compare = compare
         self.rows: list[Row] = []
         self._live: Any = None
         self._last_line = 0.0
@@ -86,19 +99,24 @@ class Progress:
                 print(f"{row.name}: {line}", flush=True)
 
     def _cells(self, row: Row) -> list[str]:
-        first = self.rows[0].held_out
-        delta = ""
-        if row is not self.rows[0] and row.held_out is not None and first is not None:
-            delta = f"{row.held_out - first:+.3f}"
         speed = f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else ""
+        last = self._delta(row) if self._compare else number(row.held_out_fp32)
         done = f"{row.step}/{row.steps}"
-        losses = [number(row.loss), number(row.held_out)]
-        return [row.name, done, *losses, delta, speed, row.note or row.counter]
+        losses = [number(row.loss), number(row.held_out), last]
+        return [row.name, done, *losses, speed, row.left(), row.note or row.counter]
+
+    def _delta(self, row: Row) -> str:
+        """Held-out loss above that of the first run at the same step."""
+        common = [step for step in row.held_out_at if step in self.rows[0].held_out_at]
+        if row is self.rows[0] or not common:
+            return ""
+        return f"{row.held_out_at[common[-1]] - self.rows[0].held_out_at[common[-1]]:+.3f}"
 
     def _table(self) -> Any:
         from rich.table import Table
 
-        table = Table(*_COLUMNS, box=None, header_style="bold", pad_edge=False)
+        columns = _COMPARED if self._compare else _COLUMNS
+        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
         for row in self.rows:
             table.add_row(*self._cells(row))
         return table

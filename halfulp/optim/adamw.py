@@ -126,7 +126,8 @@ class AdamW(torch.optim.Optimizer):
         g, old = grad.float(), w.float()
         m.copy_(m + (g - m) * scalars["one_minus_beta1"])
         v.copy_(v * scalars["beta2"] + (g * g) * scalars["one_minus_beta2"])
-        update = m / (v.sqrt() * scalars["correction"] + scalars["eps"]) * scalars["lr"]
+        root = v.double().sqrt().float()  # torch's fp32 sqrt on CPU (MKL) is not correctly rounded
+        update = m / (root * scalars["correction"] + scalars["eps"]) * scalars["lr"]
         exact = old * scalars["decay"] - update
         new = _store(exact, q, rounding, key, index)
         if self._counting:

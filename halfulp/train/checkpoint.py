@@ -71,21 +71,21 @@ def save(folder: Path, content: Checkpoint, *, keep: int) -> Path:
 
 
 def load(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of `step`, after its files are compared with their recorded sha256.
-
-    RunError naming the damaged file and the command that resumes from the checkpoint before.
-    """
+    """The content of the checkpoint of `step`; `verify` it first."""
     from safetensors.torch import load_file
 
     path = path_of(folder, step)
-    state = verify(folder, step)
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     tensors = {part: load_file(path / f"{part}.safetensors") for part in PARTS}
     config = (path / "config.json").read_text(encoding="utf-8")
     return Checkpoint(step, state, tensors, config)
 
 
-def verify(folder: Path, step: int) -> dict[str, Any]:
-    """The state of the checkpoint of `step`; RunError if a file is missing or damaged."""
+def verify(folder: Path, step: int) -> None:
+    """Compare the files of the checkpoint of `step` with their recorded size and sha256.
+
+    RunError naming the damaged file and the command that resumes from the checkpoint before.
+    """
     path = path_of(folder, step)
     with _blamed(folder, step):
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -95,7 +95,8 @@ def verify(folder: Path, step: int) -> dict[str, Any]:
                 raise ValueError(f"{name} has {found} bytes instead of {fact['bytes']}")
             if _sha256(path / name) != fact["sha256"]:
                 raise ValueError(f"{name} does not have the sha256 that state.json records")
-    return state
+        if missing := {f"{part}.safetensors" for part in PARTS} - state["files"].keys():
+            raise ValueError(f"state.json does not list {min(missing)}")
 
 
 def drop_after(folder: Path, step: int) -> list[Path]:

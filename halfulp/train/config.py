@@ -6,13 +6,14 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from halfulp.data import DataConfig
 from halfulp.errors import ConfigError
 from halfulp.train import tree
+from halfulp.train.presets import PRESETS
 
 SCHEDULES = ("cosine", "wsd", "constant")
 PARALLEL = ("ddp", "fsdp2")
@@ -80,6 +81,10 @@ class Stage:
     recipe: str = ""
     file: str = ""
 
+    def last_step(self, steps: int) -> int:
+        """The last (1-based) step of the stage in a run of `steps`."""
+        return round(self.until * steps) if math.isfinite(self.until) else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySection:
@@ -125,10 +130,11 @@ def load_config(
 ) -> TrainConfig:
     """The configuration in a TOML file or nested dict, with `overrides` on top; checked.
 
+    Relative paths are made absolute, so that a run can be resumed from any directory.
     ConfigError for an unreadable file, an unknown key, a wrong type or a value out of range.
     """
     raw = source if isinstance(source, Mapping) else _read(Path(source))
-    config = tree.build(TrainConfig, tree.merge(raw, overrides or {}))
+    config = _anchored(tree.build(TrainConfig, tree.merge(raw, overrides or {})))
     check(config)
     return config
 
@@ -153,6 +159,25 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}. Fix that line.") from error
+
+
+def _anchored(config: TrainConfig) -> TrainConfig:
+    data, model, policy = config.data, config.model, config.policy
+    source = tuple(item if item == "stdlib" else _absolute(item) for item in data.source)
+    named = data.tokenizer == "bytes" or data.tokenizer.startswith("bpe")
+    tokenizer = data.tokenizer if named else _absolute(data.tokenizer)
+    local = model.preset not in PRESETS and Path(model.preset).exists()
+    stages = tuple(replace(stage, file=_absolute(stage.file)) for stage in policy.schedule)
+    return replace(
+        config,
+        data=replace(data, source=source, tokenizer=tokenizer),
+        model=replace(model, preset=_absolute(model.preset)) if local else model,
+        policy=replace(policy, file=_absolute(policy.file), schedule=stages),
+    )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute()) if path else ""
 
 
 def _check_train(train: TrainSection) -> None:
@@ -187,17 +212,19 @@ def _check_policy(config: TrainConfig) -> None:
             f"policy.recipe = {policy.recipe!r} and policy.file = {policy.file!r} are both given. "
             "Delete one of them."
         )
-    before = 0.0
+    before, steps = 0, config.train.steps
     for i, stage in enumerate(policy.schedule):
         where = f"policy.schedule[{i}]"
         if bool(stage.recipe) == bool(stage.file):
             raise ConfigError(f"{where} needs a recipe or a file, and not both. Give exactly one.")
-        if not before < stage.until < 1:
+        end = stage.last_step(steps)
+        if not before < end < steps:
             raise ConfigError(
-                f"{where}.until = {stage.until:g} must lie between {before:g} and 1. Order the "
-                "stages by `until`; the rest of the run uses policy.recipe or policy.file."
+                f"{where}.until = {stage.until:g} ends the stage at step {end}, and it must end "
+                f"after step {before} and before step {steps}. Order the stages by `until`; the "
+                "rest of the run uses policy.recipe or policy.file."
             )
-        before = stage.until
+        before = end
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -64,7 +64,7 @@ def train(
                 return done
         with Interrupt() as interrupt:
             session = open_session(config, world, start, on_event)
-            with session.run:
+            with session:
                 return _run(session, interrupt)
 
 
@@ -188,7 +188,7 @@ def _end(s: Session, reason: str) -> Summary:
         tokens_per_second=s.tokens / s.seconds if s.seconds else 0.0,
         parameters=sum(p.numel() for p in s.model.parameters()),
         data=s.data.describe(),
-        config_sha256=s.config.digest(),
+        config_sha256=s.run.environment().get("config_sha256", ""),
         policy=s.precision.handle.resolution.rows(),
     )
     s.emit("end", step=s.step, reason=reason)

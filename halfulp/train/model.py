@@ -12,30 +12,7 @@ from torch import nn
 from halfulp.errors import ConfigError
 from halfulp.train import tree
 from halfulp.train.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The shape of a small model; the vocabulary comes from the data."""
-
-    family: str  # model_type of transformers
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    tied: bool
-
-
-PRESETS = {
-    "llama-tiny": Preset("llama", 64, 2, 4, 2, 192, tied=False),
-    "llama-demo": Preset("llama", 128, 2, 4, 4, 384, tied=False),
-    "llama-3m": Preset("llama", 256, 3, 4, 4, 688, tied=True),
-    "llama-20m": Preset("llama", 512, 6, 8, 8, 1376, tied=True),
-    "gpt2-tiny": Preset("gpt2", 64, 2, 4, 4, 256, tied=True),
-    "gpt2-3m": Preset("gpt2", 256, 3, 4, 4, 1024, tied=True),
-    "qwen3-tiny": Preset("qwen3", 64, 2, 4, 2, 192, tied=True),
-}
+from halfulp.train.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -191,7 +168,7 @@ def _has_weights(path: Path) -> bool:
 def _load(path: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         local_files_only=True,
         use_safetensors=True,
@@ -199,6 +176,7 @@ def _load(path: Path) -> nn.Module:
         attn_implementation="sdpa",
         output_loading_info=True,
     )
+    model, info = loaded
     absent = sorted(info["missing_keys"])
     if absent:
         raise ConfigError(

@@ -9,11 +9,12 @@ from torch import nn
 
 from halfulp.blocks import block_map
 from halfulp.data import Data, open_data
-from halfulp.errors import PolicyError, RunError
+from halfulp.errors import PolicyError, RunError, require
 from halfulp.numerics.kernel import cache_directory
 from halfulp.run import Run
 from halfulp.trackers import open_trackers
 from halfulp.train import checkpoint
+from halfulp.train.checkpoint import load
 from halfulp.train.config import TrainConfig
 from halfulp.train.model import build_model, checkpoint_activations, config_json, layers_of
 from halfulp.train.parallel import World, share
@@ -39,7 +40,8 @@ def open_session(
 
     Nothing is written before the data, the model and the policy are known to fit.
     """
-    loaded = world.from_main(lambda: _load_checkpoint(start))
+    finished = world.from_main(lambda: _step_to_resume(start))
+    loaded = load(start.resume / "checkpoints", finished) if start.resume and finished else None
     data = _open_data(config, world)
     train = config.train
     built = build_model(config.model, vocab=data.vocab, length=config.data.length, seed=train.seed)
@@ -47,7 +49,6 @@ def open_session(
     blocks = dict(block_map(model, config.model.hints).parameters)
     # Before quantize, which changes its attention implementation.
     shape = config_json(model)
-    finished = loaded.step if loaded else 0
     precision, shared = _prepare(config, world, model, finished)
     micro_batches = _micro_batches(config, world, loaded.state if loaded else {})
     session = Session(
@@ -70,20 +71,22 @@ def open_session(
     return session
 
 
-def _load_checkpoint(start: Start) -> checkpoint.Checkpoint | None:
+def _step_to_resume(start: Start) -> int:
+    """Step of the checkpoint to go on from, verified; 0 to start over."""
     if start.resume is None:
-        return None
+        return 0
     folder = start.resume / "checkpoints"
     steps = checkpoint.steps_in(folder)
     step = start.from_step if start.from_step is not None else max(steps, default=0)
     if step == 0:
-        return None  # equal seeds make the run that starts over the same run
+        return 0  # equal seeds make the run that starts over the same run
     if step not in steps:
         raise RunError(
             f"{start.resume} has no checkpoint of step {step}. It has: "
             f"{', '.join(map(str, steps)) or 'none'}; --from-step 0 starts over."
         )
-    return checkpoint.load(folder, step)
+    checkpoint.verify(folder, step)
+    return step
 
 
 def _open_data(config: TrainConfig, world: World) -> Data:
@@ -147,6 +150,8 @@ def _micro_batches(config: TrainConfig, world: World, state: dict[str, Any]) -> 
 
 def _open_run(config: TrainConfig, world: World, start: Start, finished: int) -> Run:
     def make() -> Path:
+        for name in config.run.trackers:
+            require(name, "track")  # before there is a directory
         run = _continue(start.resume, finished) if start.resume else _create(config, start)
         run.trackers.extend(open_trackers(config.run.trackers, run.path))
         own.append(run)

@@ -1,5 +1,6 @@
 """The processes of one run: DDP and FSDP2 under torchrun, and what they agree on."""
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -75,11 +76,13 @@ def open_world(train: TrainSection) -> Iterator[World]:
         return
     opened = not dist.is_initialized()
     if opened:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(train.parallel, device, dist.get_world_size(), dist.get_rank())
     finally:
         if opened:
+            # A reducer that is freed last would join gloo's threads while it holds the GIL.
+            gc.collect()
             dist.destroy_process_group()
 
 
@@ -153,6 +156,17 @@ def sharded_like(full: Tensor, example: Tensor) -> Tensor:
         return full
     mesh, placements = example.device_mesh, example.placements
     return distribute_tensor(full, mesh, placements, src_data_rank=None)
+
+
+def _join(backend: str) -> None:
+    try:
+        dist.init_process_group(backend)
+    except (ValueError, dist.DistError) as error:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} asks for several processes, which cannot meet: "
+            f"{error}. Start them with: torchrun --nproc_per_node N -m halfulp train …, or unset "
+            "WORLD_SIZE."
+        ) from error
 
 
 def _device(asked: str) -> torch.device:

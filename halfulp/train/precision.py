@@ -13,7 +13,7 @@ from halfulp.policy import Policy, Resolution
 from halfulp.quantization import Quantized, quantize, resolve
 from halfulp.recipe import LossScale
 from halfulp.train.config import PolicySection, Stage, TrainConfig
-from halfulp.train.schedule import boundary, stage_at
+from halfulp.train.schedule import stage_at
 
 # Growing back from here takes no more than a few intervals; more skips in a row are a divergence.
 MOST_SKIPS = 40
@@ -125,7 +125,7 @@ class Precision:
     def starts_at(self) -> int:
         """The 0-based step at which the stage in force begins."""
         steps, before = self.config.train.steps, self.config.policy.schedule[: self.stage]
-        return boundary(before[-1], steps) if before else 0
+        return before[-1].last_step(steps) if before else 0
 
     @property
     def name(self) -> str:

@@ -39,9 +39,4 @@ def _share(step: int, start: int, steps: int) -> float:
 
 def stage_at(step: int, steps: int, schedule: Sequence[Stage]) -> int:
     """Index of the stage of the 0-based `step`; len(schedule) after the last stage."""
-    return sum(step >= boundary(stage, steps) for stage in schedule)
-
-
-def boundary(stage: Stage, steps: int) -> int:
-    """The first 0-based step after `stage`."""
-    return round(stage.until * steps)
+    return sum(step >= stage.last_step(steps) for stage in schedule)

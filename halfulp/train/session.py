@@ -42,6 +42,14 @@ class Session:
     first_loss_nats: float | None = None
     saved: int | None = None  # step of the newest checkpoint
 
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.run.close()
+        # DDP must not outlive the process group, and a traceback may keep this session alive.
+        self.shared = self.model
+
     @property
     def accumulate(self) -> int:
         """Micro-batches of this process per step."""

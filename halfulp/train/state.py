@@ -105,18 +105,18 @@ def _facts(s: Session) -> dict[str, Any]:
         "first_loss_nats": s.first_loss_nats,
         "random": "no state: every random number is a function of (seed, step, micro-batch, name)",
         "seed": s.config.train.seed,
-        "config_sha256": s.config.digest(),
-        "policy_sha256": digest_of(s.precision.policies),
-        "data_sha256": s.data.digest,
+        "config_digest": s.config.digest(),
+        "policy_digest": digest_of(s.precision.policies),
+        "data_digest": s.data.digest,
     }
 
 
 def _check_belongs(s: Session, state: Mapping[str, Any]) -> None:
     mine = _facts(s)
     told = {
-        "config_sha256": "configuration; restore config.toml of the run",
-        "policy_sha256": "policy or recipe; restore it, or the version of halfulp",
-        "data_sha256": "corpus; restore its files (stdlib belongs to one Python version)",
+        "config_digest": "configuration; restore config.toml of the run",
+        "policy_digest": "policy or recipe; restore it, or the version of halfulp",
+        "data_digest": "corpus; restore its files (stdlib belongs to one Python version)",
     }
     for key, what in told.items():
         if state[key] != mine[key]:

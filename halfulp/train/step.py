@@ -95,16 +95,16 @@ def _finish_gradients(s: Session, gradients: list[Tensor]) -> None:
     scale = s.precision.scaler.scale
     quantizers = s.precision.gradient_quantizers
     if not quantizers:
-        torch._foreach_mul_(gradients, 1.0 / (s.accumulate * scale))
+        _multiply(gradients, 1.0 / (s.accumulate * scale))
         return
     # A stored gradient is the scaled one: scaling is there to lift it into the format's range.
-    torch._foreach_mul_(gradients, 1.0 / s.accumulate)
+    _multiply(gradients, 1.0 / s.accumulate)
     for name, parameter in s.model.named_parameters():
         if name in quantizers and parameter.grad is not None:
             gradient, q = local(parameter.grad), quantizers[name]
             key = Key.of(s.config.train.seed, f"{name}.gradient").fold(s.step)
             apply_quantizer(gradient, q, key=key if q.stochastic else None, out=gradient)
-    torch._foreach_mul_(gradients, 1.0 / scale)
+    _multiply(gradients, 1.0 / scale)
 
 
 def _agree(
@@ -120,10 +120,15 @@ def _agree(
     return loss.item(), packed[-2].sqrt().item(), packed[-1].item() > 0
 
 
+def _multiply(tensors: list[Tensor], factor: float) -> None:
+    torch._foreach_mul_(tensors, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _square(gradients: list[Tensor], device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch.stack(list(torch._foreach_norm(gradients))).double()
+    each = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+    norms = torch.stack(list(each)).double()
     if not torch.isfinite(norms).all():  # the fp32 sum of squares may have overflowed alone
         norms = torch.stack([torch.linalg.vector_norm(g.double()) for g in gradients])
     return norms.square().sum()
@@ -132,7 +137,7 @@ def _square(gradients: list[Tensor], device: torch.device) -> Tensor:
 def _update(s: Session, gradients: list[Tensor], norm: float) -> None:
     clip = s.config.train.clip
     if clip and norm > clip:
-        torch._foreach_mul_(gradients, clip / norm)
+        _multiply(gradients, clip / norm)
     s.precision.optimizer.step()
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_a_shard_rounds_as_the_whole_does(name, start, kernel_name):
     cuts = [0, 1, 99, 100, 101, 640, 1000]
     pieces = [
         round_to(x[a:b], name, rounding="stochastic", key=KEY, index=start + a)
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in pairwise(cuts)
     ]
     assert_same(torch.cat(pieces), whole)
     words = words_at(key_of(0, "invariance"), start, 1000)
@@ -227,16 +228,34 @@ def test_the_global_generator_is_left_alone(kernel_name):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+TRACED = ["bf16:stochastic", "e4m3@tensor:static(0.5)", "e2m1@1x16:nvfp4:stochastic:hadamard(16)"]
+
+
+@pytest.mark.parametrize("text", TRACED)
+def test_traced_equals_eager(text, kernel_name):
+    torch.compiler.reset()
+    q, x = parse_quantizer(text), torch.from_numpy(data("lognormal", 64, 128))
+    expected = apply_quantizer(x, q, key=KEY)
+    traced = torch.compile(
+        lambda x, key: apply_quantizer(x, q, key=key), fullgraph=True, backend="aot_eager"
+    )
+    assert_same(traced(x, KEY.tensor()), expected)
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # Inductor imports torch.jit
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("text", ["bf16", "e4m3", "e2m1", "e4m3@1x32:e8m0_up", "e2m1@1x16:nvfp4"])
-def test_compiled_equals_eager(text, rounding):
-    q = parse_quantizer(f"{text}:{rounding}")
-    compiled = torch.compile(lambda x, key: apply_quantizer(x, q, key=key), fullgraph=True)
-    x = torch.from_numpy(data("lognormal", 64, 128))
-    with on_kernel("torch"):
-        expected = apply_quantizer(x, q, key=KEY)
-    assert_same(compiled(x, KEY.tensor()), expected)
+@pytest.mark.parametrize("name", ["bf16", "e4m3", "e2m1"])
+def test_definition_fused_by_the_compiler_equals_eager(name, rounding):
+    """(a + c) − c survives Inductor's code, also next to other operations."""
+    torch.compiler.reset()
+    x, fmt = torch.from_numpy(mixture(5000, seed=15)), parse_quantizer(name).format
+
+    def scaled(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return round_definition(x * 0.5, fmt, rounding, True, random_words(x, key)) * 2
+
+    expected = scaled(x, KEY.tensor())
+    assert_same(torch.compile(scaled, fullgraph=True)(x, KEY.tensor()), expected, x)
 
 
 @pytest.mark.gpu

@@ -71,9 +71,7 @@ def test_nearest_and_truncate_equal_gfloat(name, saturate, rounding, kernel_name
     info = getattr(gfloat.formats, f"format_info_{GFLOAT[name]}")
     x = adversarial(name)[::7]
     saturates = saturate or grid(name).overflow == "saturate"  # gfloat refuses what has no code
-    expected = gfloat.round_ndarray(
-        info, double(x), getattr(gfloat.RoundMode, rounding), saturates
-    )
+    expected = gfloat.round_ndarray(info, double(x), getattr(gfloat.RoundMode, rounding), saturates)
     ours = {"TiesToEven": "nearest", "TowardZero": "truncate"}[rounding]
     assert_same(round_to(torch.from_numpy(x), name, rounding=ours, saturate=saturate), expected, x)
 
@@ -113,7 +111,9 @@ def test_general_formats_equal_float64(name, rounding, kernel_name):
 
 
 def _bits(name: str) -> int:
-    exponent, mantissa = name.removesuffix("ieee").removesuffix("fn").removesuffix("finite")[1:].split("m")
+    exponent, mantissa = (
+        name.removesuffix("ieee").removesuffix("fn").removesuffix("finite")[1:].split("m")
+    )
     return 1 + int(exponent) + int(mantissa)
 
 
@@ -123,9 +123,7 @@ def test_every_code_is_a_fixed_point(name, rounding, kernel_name):
     x = values(name).astype(np.float32)
     x = np.concatenate([x, -x])
     for saturate in (False, True):
-        y = round_to(
-            torch.from_numpy(x), name, rounding=rounding, key=Key(1, 2), saturate=saturate
-        )
+        y = round_to(torch.from_numpy(x), name, rounding=rounding, key=Key(1, 2), saturate=saturate)
         assert_same(y, x, x)
 
 

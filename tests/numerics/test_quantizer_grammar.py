@@ -97,7 +97,9 @@ def test_static_scale_round_trips(value):
     assert parse_quantizer(str(q)) == q
 
 
-@pytest.mark.parametrize("words", ["nearest:stochastic", "delayed(4):current", "static(2):static(3)"])
+@pytest.mark.parametrize(
+    "words", ["nearest:stochastic", "delayed(4):current", "static(2):static(3)"]
+)
 @pytest.mark.xfail(strict=True, reason="the last of two contradicting words wins silently")
 def test_contradicting_words_are_refused(words):
     with pytest.raises(FormatError):

@@ -1,5 +1,7 @@
 """The keyed hash: three implementations, one set of words; and their statistical quality."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -100,7 +102,7 @@ def test_neighboring_keys_are_independent(neighbors, window):
         "high_words": lambda i: KEY.fold(1000).fold(i),
     }[neighbors]
     draws = [hash3(np.arange(1 << 17), make(i).k0, make(i).k1) for i in range(13)]
-    z = [pair_z(a, b, WINDOWS[window]) for a, b in zip(draws, draws[1:], strict=False)]
+    z = [pair_z(a, b, WINDOWS[window]) for a, b in pairwise(draws)]
     assert max(map(abs, z)) < 6
 
 

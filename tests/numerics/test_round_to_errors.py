@@ -32,12 +32,12 @@ def test_formats_wider_than_the_tensor_are_refused(name, dtype):
 
 
 def test_unknown_rounding_lists_the_known():
-    with pytest.raises(FormatError, match="'up' is unknown. Use one of nearest, stochastic, trunc"):
+    with pytest.raises(FormatError, match=r"'up' is unknown\. Use one of nearest, stoch"):
         round_to(X, "e4m3", rounding="up")
 
 
 def test_stochastic_needs_a_key(kernel_name):
-    with pytest.raises(FormatError, match="needs a key: pass key=Key.of"):
+    with pytest.raises(FormatError, match=r"needs a key: pass key=Key\.of"):
         round_to(X, "e4m3", rounding="stochastic")
     with pytest.raises(FormatError, match="needs a key"):
         apply_quantizer(X, parse_quantizer("e4m3@row:stochastic"))

@@ -75,9 +75,7 @@ def _split(name: str) -> tuple[int, int, str]:
 
 def _last_code(x: int, y: int, specials: str) -> int:
     """The largest finite code: IEEE reserves the last exponent, fn only the last code."""
-    return {"fn": 2 ** (x + y) - 2, "finite": 2 ** (x + y) - 1}.get(
-        specials, (2**x - 1) * 2**y - 1
-    )
+    return {"fn": 2 ** (x + y) - 2, "finite": 2 ** (x + y) - 1}.get(specials, (2**x - 1) * 2**y - 1)
 
 
 def _decode(code: int, x: int, y: int) -> Fraction:

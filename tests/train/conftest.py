@@ -8,23 +8,7 @@ import pytest
 from halfulp.train.config import TrainConfig, load_config
 from halfulp.train.tree import merge
 
-WORDS = [
-    "the",
-    "of",
-    "loss",
-    "round",
-    "off",
-    "error",
-    "step",
-    "gradient",
-    "weight",
-    "bit",
-    "scale",
-    "block",
-    "norm",
-    "head",
-    "tail",
-]
+WORDS = ["loss", "round", "off", "error", "step", "bit", "scale", "block", "norm", "head"]
 
 
 @pytest.fixture(scope="session", autouse=True)

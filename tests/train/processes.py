@@ -2,10 +2,13 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from halfulp.errors import HalfulpError
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["transformers.models.llama.modeling_llama", "halfulp.train.loop"])
@@ -29,32 +32,69 @@ def train_or_resume(raw: dict, path: Path) -> None:
         train(load_config(raw))
 
 
-def train_together(raw: dict, size: int = 2, resume: Path | None = None) -> None:
-    """Train `raw` with `size` processes, as torchrun would start them; raises if one fails."""
+def train_together(raw: dict, size: int = 2, resume: Path | None = None, prepare=None) -> list[str]:
+    """Train `raw` with `size` processes, as torchrun would start them.
+
+    Each calls `prepare(rank)` first. The reason or the HalfulpError of each process, by rank.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     queue = CONTEXT.SimpleQueue()
-    ranks = [start(_rank, raw, rank, size, port, resume, queue) for rank in range(size)]
+    ranks = [start(_rank, raw, rank, size, port, resume, prepare, queue) for rank in range(size)]
     for process in ranks:
         process.join(60)
-    problems = "" if queue.empty() else queue.get()
-    for process in ranks:
         if process.is_alive():
             process.kill()
-            problems += "a process hangs"
-    assert not problems, problems
-    assert [process.exitcode for process in ranks] == [0] * size
+    said = dict(queue.get() for _ in ranks if not queue.empty())
+    assert len(said) == size, f"a process hangs or died: {said}"
+    return [said[rank] for rank in range(size)]
 
 
-def _rank(raw: dict, rank: int, size: int, port: int, resume: Path | None, queue) -> None:
+def _rank(raw: dict, rank: int, size: int, port: int, resume: Path | None, prepare, queue) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         from halfulp.train.config import load_config
         from halfulp.train.loop import train
 
-        train(load_config(raw), resume=resume)
+        if prepare is not None:
+            prepare(rank)
+        queue.put((rank, train(load_config(raw), resume=resume).reason))
+    except HalfulpError as error:
+        queue.put((rank, f"{type(error).__name__}: {error}"))
     except BaseException:
-        queue.put(f"rank {rank}:\n{traceback.format_exc()}")
-        raise
+        queue.put((rank, traceback.format_exc()))
+
+
+def poison_rank_1(rank: int) -> None:
+    """From the fifth forward pass on, the FFN of layer 1 overflows on rank 1 alone."""
+    from halfulp.train import step
+    from halfulp.train.model import next_token_loss
+
+    calls = [0]
+
+    def loss(model, batch_BT):
+        calls[0] += 1
+        if rank == 1 and calls[0] == 5:
+            inner = getattr(model, "module", model).get_submodule("model.layers.1.mlp.up_proj")
+            inner.register_forward_hook(lambda module, inputs, output: output / 0.0)
+        return next_token_loss(model, batch_BT)
+
+    step.next_token_loss = loss
+
+
+def stop_rank_1(rank: int) -> None:
+    """Rank 1 alone receives SIGTERM in its fifth forward pass."""
+    from halfulp.train import step
+    from halfulp.train.model import next_token_loss
+
+    calls = [0]
+
+    def loss(model, batch_BT):
+        calls[0] += 1
+        if rank == 1 and calls[0] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next_token_loss(model, batch_BT)
+
+    step.next_token_loss = loss

@@ -26,6 +26,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_checkpoint_comes_back_as_it_went(folder):
     path = checkpoint.save(folder, content(5), keep=2)
     assert path.name == "step-00000005"
+    checkpoint.verify(folder, 5)
     back = checkpoint.load(folder, 5)
     assert back.step == 5
     assert back.state["tokens"] == 50
@@ -76,12 +77,12 @@ def test_a_truncated_file_is_named_with_the_command_that_goes_on(folder, name):
         checkpoint.save(folder, content(step), keep=2)
     truncate(folder / "step-00000020" / f"{name}.safetensors")
     with pytest.raises(RunError) as error:
-        checkpoint.load(folder, 20)
+        checkpoint.verify(folder, 20)
     said = str(error.value)
     assert f"{name}.safetensors has" in said
     assert "step-00000020 is broken" in said
     assert f"halfulp train --resume {folder.parent} --from-step 10" in said
-    assert checkpoint.load(folder, 10).step == 10
+    checkpoint.verify(folder, 10)
 
 
 def test_a_flipped_bit_is_found(folder):
@@ -91,15 +92,17 @@ def test_a_flipped_bit_is_found(folder):
     data[-5] ^= 1
     file.write_bytes(data)
     with pytest.raises(RunError, match=r"sha256.*start again with.*--from-step 0"):
-        checkpoint.load(folder, 3)
+        checkpoint.verify(folder, 3)
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"files": {"model.safetensors": 3}}'])
+@pytest.mark.parametrize(
+    "damage", ["", "[]", "{}", '{"files": {}}', '{"files": {"model.safetensors": 3}}']
+)
 def test_a_damaged_state_is_a_broken_checkpoint(folder, damage):
     checkpoint.save(folder, content(3), keep=1)
     (folder / "step-00000003" / "state.json").write_text(damage)
     with pytest.raises(RunError, match="is broken"):
-        checkpoint.load(folder, 3)
+        checkpoint.verify(folder, 3)
 
 
 def test_later_checkpoints_are_moved_aside(folder):

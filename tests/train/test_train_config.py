@@ -73,10 +73,12 @@ def test_the_corpus_does_not_depend_on_the_sequence_length():
         ({"policy": {"recipe": "a", "file": "b"}}, "both given"),
         ({"policy": {"schedule": [{"until": 0.5}]}}, r"schedule\[0\] needs a recipe or a file"),
         ({"policy": {"schedule": [{"recipe": "a"}]}}, r"policy.schedule\[0\].*until"),
-        ({"policy": {"schedule": [{"until": 1.0, "recipe": "a"}]}}, "between 0 and 1"),
+        ({"policy": {"schedule": [{"until": 1.0, "recipe": "a"}]}}, "before step 1000"),
+        ({"policy": {"schedule": [{"until": 1e-9, "recipe": "a"}]}}, "after step 0"),
+        ({"policy": {"schedule": [{"until": float("inf"), "recipe": "a"}]}}, "after step 0"),
         (
             {"policy": {"schedule": [{"until": u, "recipe": "a"} for u in (0.5, 0.4)]}},
-            "between 0.5 and 1",
+            "after step 500",
         ),
     ],
 )
@@ -98,3 +100,16 @@ def test_every_section_is_frozen():
     config = load_config({})
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.train.lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_relative_paths_are_anchored_and_names_are_not(tmp_path: Path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "llama-tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    raw = {"data": {"source": ["stdlib", "x"], "tokenizer": "t.json"}, "policy": {"file": "p"}}
+    config = load_config(raw, {"model": {"preset": "mine"}})
+    assert config.data.source == ("stdlib", str(tmp_path / "x"))
+    assert config.data.tokenizer == str(tmp_path / "t.json")
+    assert config.policy.file == str(tmp_path / "p")
+    assert config.model.preset == str(tmp_path / "mine")
+    assert load_config({"model": {"preset": "llama-tiny"}}).model.preset == "llama-tiny"

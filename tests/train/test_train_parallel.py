@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import train_together
+from processes import poison_rank_1, stop_rank_1, train_together
 from safetensors.torch import load_file
 
 from halfulp.run import Run
@@ -38,7 +38,7 @@ def test_two_processes_are_one_with_twice_the_micro_batches(make_config, paralle
     one = make_config("one", policy=policy, train={**options, "accumulate": 2})
     two = make_config("two", policy=policy, train=options)
     train(one)
-    train_together(two.to_dict())
+    assert train_together(two.to_dict()) == ["finished"] * 2
     a, b = Path(one.run.out), Path(two.run.out)
     for part in ("model", "optimizer", "quantizers"):
         assert apart(state(a, 6, part), state(b, 6, part)) == 0, part
@@ -71,7 +71,7 @@ def test_a_sharded_run_goes_on_in_one_process_and_back(make_config):
     whole = make_config("whole", policy=stages, train={**options, "accumulate": 2})
     split = make_config("split", policy=stages, train=options)
     reference = train(whole).path
-    train_together(split.to_dict())
+    assert train_together(split.to_dict()) == ["finished"] * 2
     path = reference.with_name("split")
     assert apart(state(reference, 12), state(path, 12)) == 0
     train(config_of(path), resume=path, from_step=4)
@@ -79,7 +79,36 @@ def test_a_sharded_run_goes_on_in_one_process_and_back(make_config):
     (path / "summary.json").unlink()
     for late in ("step-00000012", "step-00000008"):
         (path / "checkpoints" / late / "state.json").unlink()
-    train_together(split.to_dict(), resume=path)
+    assert train_together(split.to_dict(), resume=path) == ["finished"] * 2
     assert apart(state(reference, 12), state(path, 12)) == 0
     assert apart(state(reference, 12, "optimizer"), state(path, 12, "optimizer")) == 0
     assert [e["step"] for e in events(path, "step")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_one_process_with_a_non_finite_loss_stops_them_all(make_config, parallel):
+    config = make_config(train={"parallel": parallel})
+    first, second = train_together(config.to_dict(), prepare=poison_rank_1)
+    assert first == second
+    assert first.startswith("NonFiniteError: step 5: the loss is not finite; first in layers.1.ffn")
+    run = Run.open(Path(config.run.out), writer=False)
+    assert [e["block"] for e in run.events("nonfinite")] == ["layers.1.ffn"]
+    assert [p.name for p in run.checkpoints()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_one_process_that_is_asked_to_stop_stops_them_all(make_config, parallel):
+    config = make_config(train={"parallel": parallel})
+    raw = config.to_dict()
+    assert train_together(raw, prepare=stop_rank_1) == ["interrupted"] * 2
+    path = Path(config.run.out)
+    assert [p.name for p in Run.open(path).checkpoints()][-1] == "step-00000006"
+    assert train_together(raw, resume=path) == ["finished"] * 2
+
+
+def test_a_mistake_is_told_by_every_process(make_config):
+    config = make_config(train={"steps": 1})
+    train(config)
+    said = train_together(config.to_dict())
+    assert said[0] == said[1]
+    assert said[0].startswith("RunError: ")
