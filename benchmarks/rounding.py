@@ -12,8 +12,19 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
-from common import Absent, Time, how, interleave, machine, parser, per_threads
-from common import section, table, use_threads, verdict
+from common import (
+    Absent,
+    Time,
+    how,
+    interleave,
+    machine,
+    parser,
+    per_threads,
+    section,
+    table,
+    use_threads,
+    verdict,
+)
 from torch import Tensor
 
 from halfulp.numerics import rounding
@@ -28,10 +39,12 @@ KEY = Key.of(0, "benchmark")
 E4M3, BF16 = get_format("e4m3"), get_format("bf16")
 # × copy at 4096² and 1024², µs at 64²
 GOALS = {
-    "e4m3 nearest": (1.2, 1.3, 6.0),
-    "e4m3 stochastic": (1.5, 3.5, 6.0),
-    "bf16 nearest": (1.2, 1.3, 6.0),
-    "bf16 stochastic": (1.5, 3.5, 6.0),
+    "e4m3 nearest": (1.2, 1.3, None),
+    "e4m3 stochastic": (1.5, 3.5, None),
+    "bf16 nearest": (1.2, 1.3, None),
+    "bf16 stochastic": (1.5, 3.5, None),
+    "e4m3 nearest, new tensor": (None, None, 6.0),
+    "e4m3 stochastic, new tensor": (None, None, 6.0),
     "e4m3@tensor:current": (1.6, 2.0, None),
     "e4m3@1x32:e8m0_up": (1.2, 3.0, None),
     "e2m1@1x16:nvfp4": (2.5, 7.5, None),
@@ -168,8 +181,8 @@ def measure(size: int, threads: int, quick: bool) -> dict[str, Time | Absent]:
     runs |= definition(x, y, compiled=not quick) | peers(x)
     absent = {name: run for name, run in runs.items() if isinstance(run, Absent)}
     present = {name: run for name, run in runs.items() if not isinstance(run, Absent)}
-    seconds = (0.3 if quick else 1.0) * (0.3 if size == 64 else 1.0)
-    calls = 100 if size == 64 else 1
+    seconds = (0.3 if quick else 1.0) * (1.0 if size == 4096 else 0.5)
+    calls = {64: 100, 1024: 8}.get(size, 1)
     times = interleave(present, threads=threads, seconds=seconds, calls=calls)
     return {name: times.get(name) or absent[name] for name in runs}
 
@@ -185,7 +198,8 @@ def rows(results: list[dict[str, Time | Absent]], threads: int) -> list[list[str
         line = [name]
         for result, size, goal in zip(results, SIZES, goals, strict=True):
             time, copy = result[name], result["copy_"]
-            assert isinstance(time, Time) and isinstance(copy, Time)
+            assert isinstance(time, Time)
+            assert isinstance(copy, Time)
             value = time.best * 1e6 if size == 64 else time.best / copy.best
             line += [f"{value:.2f}" if value < 100 else f"{value:.0f}", verdict(value, goal)]
         lines.append(line)

@@ -22,7 +22,6 @@ _EXPORTS = {
     "unquantize": "halfulp.quantization",
     "write_report": "halfulp.report",
 }
-__all__ = [*_EXPORTS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,4 +33,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*_EXPORTS, "__version__"])

@@ -73,8 +73,8 @@ def demo(
     from halfulp.report import write_report
 
     path = free_directory(Path("runs"), "demo") if out is None else out
-    if path.exists() and any(path.iterdir()) and not force:
-        raise RunError(f"{path} is not empty. Give another --out, or --force to replace the demo.")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())) and not force:
+        raise RunError(f"{path} is in use. Give another --out, or --force to replace the demo.")
     config = config_of_demo(quick=quick)
     runs: list[DemoRun] = []
     for recipe in RECIPES:

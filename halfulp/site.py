@@ -233,7 +233,7 @@ def quantized_matmul(
 ) -> Tensor:
     """`QuantizedMatmul` on any float dtype: computed in fp32, given back in x's dtype."""
     if site.histories and torch.compiler.is_compiling():
-        return _eager(x, w, bias, site, training)
+        return _eager(x, w, bias, site, training)  # pyright: ignore[reportCallIssue]
     return _matmul(x, w, bias, site, training)
 
 

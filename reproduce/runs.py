@@ -1,4 +1,4 @@
-"""Training runs for the claims: `halfulp train` on a tiny model, two processes of one thread each."""
+"""Training runs for the claims: `halfulp train`, a tiny model, two processes of one thread each."""
 
 import multiprocessing
 import sys

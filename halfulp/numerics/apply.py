@@ -49,6 +49,10 @@ def apply_quantizer(
         return torch.ops.halfulp.quantize(x, str(q), key, scale)
     if (q.scale == "delayed") != (scale is not None):
         raise FormatError(f"{q}: scale= belongs to delayed scaling, and only to it.")
+    if scale is not None and (scale.dtype is not torch.float32 or scale.numel() != 1):
+        raise FormatError(
+            f"{q}: scale= must be one fp32 number; found {scale.dtype} of {scale.shape}."
+        )
     if q.hadamard:
         x = hadamard(x, q.hadamard)
     x = x.contiguous()

@@ -104,22 +104,14 @@ def _build() -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed: several ranks may build at once.
-    handle, scratch = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    command = [
-        *compiler.split(),
-        *_FLAGS,
-        *_X86_FLAGS,
-        *map(str, sources[1:]),
-        "-o",
-        scratch,
-        "-lm",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    if result.returncode:
-        Path(scratch).unlink(missing_ok=True)
-        raise KernelError(f"{compiler} failed: {result.stderr.strip()[-500:]}")
-    os.replace(scratch, target)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        built = Path(scratch) / target.name
+        paths = map(str, sources[1:])
+        command = [*compiler.split(), *_FLAGS, *_X86_FLAGS, *paths, "-o", str(built), "-lm"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if result.returncode:
+            raise KernelError(f"{compiler} failed: {result.stderr.strip()[-500:]}")
+        os.replace(built, target)
     return target
 
 

@@ -69,7 +69,7 @@ class Quantizer:
         words = [str(self.format)]
         if self.granularity != "element":
             words[0] += f"@{self.granularity}"
-            argument = {"delayed": self.history, "static": f"{self.static_scale:g}"}.get(self.scale)
+            argument = {"delayed": self.history, "static": f"{self.static_scale!r}"}.get(self.scale)
             words.append(self.scale if argument is None else f"{self.scale}({argument})")
         words += ["p2"] * self.power_of_two
         words += [f"margin({self.margin})"] * bool(self.margin)
@@ -93,21 +93,28 @@ def parse_quantizer(text: str) -> Quantizer:
     if granularity:
         _require(re.fullmatch(r"tensor|row|[1-9]\d*x[1-9]\d*", granularity), text, granularity)
         fields |= {"granularity": granularity, "scale": "current"}
+    given: set[str] = set()
     for word in words:
-        fields |= _parse_word(text, word)
+        said = _parse_word(text, word)
+        _require(not given & said.keys(), text, word)
+        given |= said.keys() - {"history", "static_scale"}
+        fields |= said
     quantizer = Quantizer(**fields)
     _check(quantizer, text)
     return quantizer
 
 
 def _parse_word(text: str, word: str) -> dict:
-    match = re.fullmatch(r"(\w+?)(?:\(([\d.]+)\))?", word)
+    match = re.fullmatch(r"(\w+?)(?:\(([\w.+-]+)\))?", word)
     _require(match, text, word)
     assert match is not None
     name, argument = match[1], match[2]
     _require((argument is not None) == (name in _WITH_ARGUMENT), text, word)
     if name in _WITH_ARGUMENT:
-        return _WITH_ARGUMENT[name](argument)
+        try:
+            return _WITH_ARGUMENT[name](argument)
+        except ValueError:
+            _require(False, text, word)
     if name in _SCALES:
         return {"scale": name}
     if name in _ROUNDINGS:
@@ -141,6 +148,7 @@ def _check(q: Quantizer, text: str) -> None:
         "delayed and static scales are per tensor": (
             q.scale in ("delayed", "static") and q.granularity != "tensor"
         ),
+        "margin(K) needs K >= 0": q.margin < 0,
         "delayed(H) needs H >= 1": q.scale == "delayed" and q.history < 1,
         "static(S) needs S > 0": q.scale == "static" and not q.static_scale > 0,
         "nvfp4 is e2m1 in 1x16 or 16x16 blocks": (

@@ -36,7 +36,7 @@ INLINE uint32_t largest_bits(const float *x, int64_t n) {
 INLINE int32_t e8m0_exponent(uint32_t amax, uint32_t top, int round_up) {
     int32_t e = (int32_t)(amax >> 23) - (int32_t)(top >> 23);
     e += round_up && (amax & 0x7fffffu) > (top & 0x7fffffu);
-    return e < -127 ? -127 : e;
+    return e < -127 ? -127 : (e > 127 ? 127 : e);
 }
 
 INLINE float power(int32_t e) { /* 2^e for -149 <= e <= 127 */
@@ -66,8 +66,9 @@ INLINE void scale_of(uint32_t amax, const Quantizer q, int scale, float global, 
     }
     up = amax == 0 ? 1.0f : up;
     down = amax == 0 ? 1.0f : down;
-    *s = amax < 0x7f800000u ? up : NAN;
-    *inverse = amax < 0x7f800000u ? down : NAN;
+    const int finite = amax < 0x7f800000u && global == global;
+    *s = finite ? up : NAN;
+    *inverse = finite ? down : NAN;
 }
 
 INLINE void scales(const uint32_t *amax, int n, const Quantizer q, float global, float *s, float *inverse) {

@@ -88,7 +88,8 @@ def _check_dtype(x: Tensor, fmt: Format) -> None:
             f"round_to takes fp32, bf16 or fp16 tensors; found {x.dtype}. Convert it first: a "
             "conversion from fp64 rounds once more."
         )
-    if fmt.mantissa_bits > holds[0] or fmt.exponent_bits > holds[1]:
+    largest = torch.finfo(x.dtype).max
+    if fmt.mantissa_bits > holds[0] or fmt.exponent_bits > holds[1] or fmt.largest > largest:
         raise FormatError(f"{fmt} does not fit in {x.dtype}. Pass x.float() instead.")
 
 

@@ -78,7 +78,7 @@ def _e8m0_exponent(amax: Tensor, q: Quantizer) -> Tensor:
     e = (amax >> 23) - (top >> 23)
     if q.scale != "e8m0_floor":
         e = e + ((amax & 0x7FFFFF) > (top & 0x7FFFFF)).to(torch.int32)
-    e = e.clamp(min=-127)
+    e = e.clamp(-127, 127)
     return (e + q.margin).clamp(max=127) if q.power_of_two else e
 
 

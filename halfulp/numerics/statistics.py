@@ -24,6 +24,8 @@ def quantizer_statistics(x: Tensor, y: Tensor, q: Quantizer, scale: Tensor | Non
 
     `x`: the operand; `y`: what `apply_quantizer` made of it; `scale`: of a delayed quantizer.
     """
+    if x.numel() == 0:
+        return torch.zeros(len(NAMES), dtype=torch.float64, device=x.device)
     x = hadamard(x, q.hadamard) if q.hadamard else x
     s = scales(x, q, scale)[0] if q.scale != "none" else 1.0
     magnitude = x.abs()
@@ -31,7 +33,8 @@ def quantizer_statistics(x: Tensor, y: Tensor, q: Quantizer, scale: Tensor | Non
     nonzero = torch.count_nonzero(x)
     # A dropped element differs from y by all of itself, and y is zero there.
     dropped = torch.where(y == 0, x, 0.0)
-    energy, lost = (torch.linalg.vector_norm(t).double().square() for t in (x, dropped))
+    norms = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (x, dropped))
+    energy, lost = (norm.square() for norm in norms)
     sums = [nonzero.new_tensor(x.numel()), beyond, nonzero, torch.count_nonzero(dropped)]
     return torch.stack([*(t.double() for t in sums), energy, lost, magnitude.amax().double()])
 

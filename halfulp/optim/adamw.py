@@ -67,9 +67,26 @@ class AdamW(torch.optim.Optimizer):
         self._counting = False
         self._rows: list[dict] = []
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            _check_group(group)
-            self._put_on_grid(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the group's parameters are put on the grid of its weight format."""
+        super().add_param_group(param_group)
+        group, i = self.param_groups[-1], len(self.param_groups) - 1
+        _check_group(group)
+        # Names key the random bits; parameters without one are told apart by their place.
+        group.setdefault("names", [f"group{i}.{j}" for j in range(len(group["params"]))])
+        self._put_on_grid(group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but moments stay fp32 where torch would cast them to the parameter's bf16."""
+        super().load_state_dict(state_dict)
+        parameters = (p for group in self.param_groups for p in group["params"])
+        indices = (i for group in state_dict["param_groups"] for i in group["params"])
+        for p, i in zip(parameters, indices, strict=True):
+            saved = state_dict["state"].get(i, {})
+            for name in ("m", "v"):
+                if name in saved:
+                    self.state[p][name] = saved[name].to(p.device, torch.float32, copy=True)
 
     def count(self, on: bool) -> None:
         """Whether the next steps record counters (such a step is slower, with the same bits)."""
@@ -97,7 +114,7 @@ class AdamW(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["m"], state["v"] = (torch.zeros_like(p, dtype=torch.float32) for _ in "mv")
+            state["m"], state["v"] = (_zeros_like(p) for _ in "mv")
         state["step"] += 1
         step = int(state["step"])
         weight, index = _local(p), _offset(p)
@@ -140,6 +157,11 @@ class AdamW(torch.optim.Optimizer):
     def _put_on_grid(self, group: dict) -> None:
         q = parse_quantizer(group["weight"])
         for name, p in _named(group):
+            if p.dtype not in (torch.float32, torch.bfloat16):
+                raise ConfigError(
+                    f"parameter {name} is {p.dtype}; AdamW updates fp32 and bf16 parameters. "
+                    "Convert the model with model.float() and say weight= for the storage format."
+                )
             if p.dtype is torch.bfloat16 and q.format.name != "bf16":
                 raise ConfigError(
                     f"parameter {name} is bf16 and the optimizer stores weights as {q}. Pass "
@@ -206,10 +228,12 @@ def _scalars(group: dict, step: int) -> dict[str, float]:
 
 
 def _named(group: dict) -> list[tuple[str, Tensor]]:
-    names = group.get("param_names") or [
-        f"{group['block']}#{i}" for i in range(len(group["params"]))
-    ]
+    names = group.get("param_names") or group["names"]
     return list(zip(names, group["params"], strict=True))
+
+
+def _zeros_like(p: Tensor) -> Tensor:
+    return torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def _local(t: Tensor | None) -> Tensor:

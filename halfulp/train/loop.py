@@ -62,10 +62,8 @@ def train(
             _check_same(resume, config)
             if from_step is None and (done := _finished(resume)):
                 return done
-        with Interrupt() as interrupt:
-            session = open_session(config, world, start, on_event)
-            with session:
-                return _run(session, interrupt)
+        with Interrupt() as interrupt, open_session(config, world, start, on_event) as session:
+            return _run(session, interrupt)
 
 
 def config_of(path: Path) -> TrainConfig:

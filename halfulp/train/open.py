@@ -1,11 +1,10 @@
 """From a configuration to a session that is ready for its first or next step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from halfulp.blocks import block_map
 from halfulp.data import Data, open_data
@@ -33,42 +32,64 @@ class Start:
     command: tuple[str, ...] = ()
 
 
+@contextmanager
 def open_session(
     config: TrainConfig, world: World, start: Start, on_event: OnEvent | None
-) -> Session:
-    """Data, model, precision, run directory and, on resume, the checkpoint's state.
+) -> Iterator[Session]:
+    """A session with data, model, precision, run directory and, on resume, the checkpoint's state.
 
-    Nothing is written before the data, the model and the policy are known to fit.
+    Nothing is written before the data, the model and the policy are known to fit. The run is closed
+    on exit.
     """
     finished = world.from_main(lambda: _step_to_resume(start))
     loaded = load(start.resume / "checkpoints", finished) if start.resume and finished else None
+    micro_batches = _micro_batches(config, world, loaded.state if loaded else {})
     data = _open_data(config, world)
-    train = config.train
-    built = build_model(config.model, vocab=data.vocab, length=config.data.length, seed=train.seed)
+    seed, length = config.train.seed, config.data.length
+    built = build_model(config.model, vocab=data.vocab, length=length, seed=seed)
     model = built.model.to(world.device)
     blocks = dict(block_map(model, config.model.hints).parameters)
-    # Before quantize, which changes its attention implementation.
-    shape = config_json(model)
-    precision, shared = _prepare(config, world, model, finished)
-    micro_batches = _micro_batches(config, world, loaded.state if loaded else {})
-    session = Session(
-        config, world, data, model, shared, precision, blocks, shape, micro_batches, on_event
-    )
-    if loaded:
-        restore(session, loaded)
-    # Only now: a checkpoint that does not fit must leave the run as it was.
-    session.run = _open_run(config, world, start, finished)
-    session.emit(
+    shape = config_json(model)  # before quantize, which changes its attention implementation
+    precision = Precision(model, config, load_policies(config.policy), config.model.hints)
+    with Session(
+        config, world, data, model, precision, blocks, shape, micro_batches, on_event
+    ) as session:
+        _prepare(session, finished)
+        if loaded:
+            restore(session, loaded)
+        # Only now: a checkpoint that does not fit must leave the run as it was.
+        session.run = _open_run(config, world, start, finished)
+        _announce(session, start, built.origin)
+        yield session
+
+
+def _prepare(s: Session, finished: int) -> None:
+    """Quantize, compile, shard or wrap, and only then build the optimizer over what is left."""
+    # The stage of the last finished step: the loop goes over to the next one itself.
+    s.precision.start(max(0, finished - 1))
+    if s.world.mode == "fsdp2":
+        _check_shardable(s.precision)
+    if s.config.train.activation_checkpointing:
+        checkpoint_activations(s.model)
+    if s.config.train.compile:
+        for module in layers_of(s.model) if s.world.mode == "fsdp2" else [s.model]:
+            module.compile()
+    with s.precision.handle.off():
+        s.shared = share(s.model, s.world)
+    s.precision.optimize()
+
+
+def _announce(s: Session, start: Start, origin: str) -> None:
+    s.emit(
         "start",
         command=list(start.command),
-        world=world.size,
-        step=finished,
-        weights=built.origin if finished == 0 else f"checkpoint of step {finished}",
-        parallel=world.mode,
-        micro_batches=micro_batches,
-        device=str(world.device),
+        world=s.world.size,
+        step=s.step,
+        weights=f"checkpoint of step {s.step}" if s.step else origin,
+        parallel=s.world.mode,
+        micro_batches=s.micro_batches,
+        device=str(s.world.device),
     )
-    return session
 
 
 def _step_to_resume(start: Start) -> int:
@@ -106,36 +127,20 @@ def _after_main(world: World, open_: Callable[[], Data]) -> Data:
     return own[0] if own else open_()
 
 
-def _prepare(
-    config: TrainConfig, world: World, model: nn.Module, finished: int
-) -> tuple[Precision, nn.Module]:
-    """Quantize, compile, shard or wrap, and only then build the optimizer over what is left."""
-    precision = Precision(model, config, load_policies(config.policy), config.model.hints)
-    # The stage of the last finished step: the loop goes over to the next one itself.
-    precision.start(max(0, finished - 1))
-    _check_shardable(world, precision)
-    if config.train.activation_checkpointing:
-        checkpoint_activations(model)
-    if config.train.compile:
-        for module in layers_of(model) if world.mode == "fsdp2" else [model]:
-            module.compile()
-    with precision.handle.off():
-        shared = share(model, world)
-    precision.optimize()
-    return precision, shared
-
-
-def _check_shardable(world: World, precision: Precision) -> None:
-    if world.mode != "fsdp2":
-        return
+def _check_shardable(precision: Precision) -> None:
+    """Refuse storage formats whose scale or random bits need the whole tensor."""
     recipes = [item for r in precision.resolutions for item in r.parameters.items()]
-    for name, q in ((name, recipe.gradient) for name, recipe in recipes):
-        if q.granularity != "element" or q.stochastic:
-            raise PolicyError(
-                f"the gradient of {name} is to be stored as {q}, whose scale or random bits need "
-                "the whole tensor, and fsdp2 leaves each process a part. Use train.parallel = "
-                "'ddp', or a gradient format without scale, rounded to nearest."
-            )
+    for name, r in recipes:
+        weight, moments = r.master or r.weight, (r.moment_m, r.moment_v)
+        stored = [("weight", weight, False), ("gradient", r.gradient, r.gradient.stochastic)]
+        stored += [("moments", q, q.stochastic) for q in moments]
+        for what, q, random in stored:
+            if q.granularity != "element" or random:
+                raise PolicyError(
+                    f"{name}: recipe {r.name!r} stores its {what} as {q}, whose scale or random "
+                    "bits need the whole tensor, and fsdp2 leaves each process a part. Use "
+                    "train.parallel = 'ddp', or a format without scale, rounded to nearest."
+                )
 
 
 def _micro_batches(config: TrainConfig, world: World, state: dict[str, Any]) -> int:

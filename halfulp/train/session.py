@@ -28,12 +28,12 @@ class Session:
     world: World
     data: Data
     model: nn.Module
-    shared: nn.Module
     precision: Precision
     blocks: Mapping[str, str]  # parameter -> block
     shape: str  # config.json of the model
     micro_batches: int
     on_event: OnEvent | None = None
+    shared: nn.Module = field(init=False)
     run: Run = field(init=False)  # opened last: until then nothing is written
     step: int = 0
     tokens: int = 0
@@ -46,9 +46,10 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.run.close()
         # DDP must not outlive the process group, and a traceback may keep this session alive.
         self.shared = self.model
+        if hasattr(self, "run"):
+            self.run.close()
 
     @property
     def accumulate(self) -> int:

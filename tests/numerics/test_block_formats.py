@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from oracles.compare import assert_same
-from oracles.grids import grid, round_array
+from oracles.grids import grid, round_array, values
 from oracles.hashing import key_of, words_at
 from oracles.inputs import DATA_KINDS, data
 from oracles.scaling import nvfp4, quantize
@@ -53,6 +53,19 @@ def test_nvfp4_equals_the_reference_formula(block, rounding, kind, kernel_name):
         x = x[:-1]
     y = apply_quantizer(torch.from_numpy(x), q, key=KEY)
     assert_same(y, nvfp4(x, tile, rounding, words_of(x)), x)
+
+
+@pytest.mark.parametrize("amax", [3.7, 1.0, 0.0123, 77.7])
+def test_nvfp4_keeps_the_order_of_operations(amax, kernel_name):
+    """Block maxima within 3 ulp of a tie between two E4M3 scales, where any other order shows."""
+    codes = values("e4m3")[1:-1]
+    ties = (codes + np.diff(values("e4m3"))[1:] / 2) * 6 * (amax / 2688)
+    near = ties.astype(np.float32).view(np.int32)[:, None] + np.arange(-3, 4)
+    blocks = near.astype(np.int32).view(np.float32).reshape(-1, 1)
+    x = np.repeat(np.append(blocks, np.float32([[amax]]), 0), 16, 1)
+    x[:, 1:] *= np.linspace(-1, 1, 15, dtype=np.float32)
+    y = apply_quantizer(torch.from_numpy(x), parse_quantizer("e2m1@1x16:nvfp4"))
+    assert_same(y, nvfp4(x, (1, 16)), x)
 
 
 def test_nvfp4_scales_are_e4m3_times_one_tensor_scale():

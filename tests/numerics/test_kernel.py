@@ -76,7 +76,6 @@ def test_a_missing_compiler_falls_back(machine):
     assert "No such file" in kernel.status().reason
 
 
-@pytest.mark.xfail(strict=True, reason="the scratch file stays when the compiler cannot start")
 def test_a_missing_compiler_leaves_nothing_behind(machine, tmp_path):
     machine(HALFULP_KERNEL=None, CC="/nonexistent/cc")
     kernel.status()

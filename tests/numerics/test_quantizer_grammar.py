@@ -66,7 +66,15 @@ def test_who_shares_a_scale(text, tile, one_copy):
         ("e4m3@column", "'column'"),
         ("e4m3@tensor:delayed", "'delayed'"),
         ("e4m3@tensor:p2(1)", "'p2"),
-        ("e4m3@tensor:margin(-1)", "'margin"),
+        ("e4m3@tensor:margin(-1)", "margin"),
+        ("e4m3@tensor:margin(1.5)", "'margin(1.5)'"),
+        ("e4m3@tensor:margin(1_0)", "'margin(1_0)'"),
+        ("e4m3@tensor:static(1.2.3)", "'static(1.2.3)'"),
+        ("e4m3@tensor:static(nan)", "S > 0"),
+        ("e4m3@tensor:static(inf)", "static"),
+        ("e4m3@tensor:nearest:stochastic", "'stochastic'"),
+        ("e4m3@tensor:delayed(4):current", "'current'"),
+        ("e4m3@tensor:static(2):static(3)", "'static(3)'"),
         ("e4m3@tensor:round_up", "'round_up'"),
         ("e4m3@tensor:", "''"),
     ],
@@ -83,24 +91,7 @@ def test_unknown_format_names_the_nearest():
         parse_quantizer("e4m3x@tensor")
 
 
-@pytest.mark.parametrize("text", ["e4m3@tensor:margin(1.5)", "e4m3@tensor:static(1.2.3)"])
-@pytest.mark.xfail(strict=True, reason="int()/float() of the argument raises ValueError")
-def test_malformed_argument_is_a_format_error(text):
-    with pytest.raises(FormatError):
-        parse_quantizer(text)
-
-
 @pytest.mark.parametrize("value", ["0.00001", "0.123456789"])
-@pytest.mark.xfail(strict=True, reason="%g loses digits, and the grammar has no exponents")
 def test_static_scale_round_trips(value):
     q = parse_quantizer(f"e4m3@tensor:static({value})")
     assert parse_quantizer(str(q)) == q
-
-
-@pytest.mark.parametrize(
-    "words", ["nearest:stochastic", "delayed(4):current", "static(2):static(3)"]
-)
-@pytest.mark.xfail(strict=True, reason="the last of two contradicting words wins silently")
-def test_contradicting_words_are_refused(words):
-    with pytest.raises(FormatError):
-        parse_quantizer(f"e4m3@tensor:{words}")

@@ -98,12 +98,10 @@ def test_merge_equals_one_call():
 
 
 @pytest.mark.parametrize("value", [1e-24, 1e-30])
-@pytest.mark.xfail(strict=True, reason="the energy is squared in fp32, where 1e-48 is zero")
 def test_energy_of_tiny_operands(value):
     assert counted(torch.full((4, 32), value), "fp16")["underflow_energy"] == 1
 
 
-@pytest.mark.xfail(strict=True, reason="amax of no elements raises IndexError")
 def test_empty_operands_count_nothing():
     """An expert that no token was sent to."""
     assert counted(torch.empty(0, 32), "e4m3@1x32:e8m0_up")["n"] == 0

@@ -67,8 +67,8 @@ def test_hadamard_needs_a_multiple():
         apply_quantizer(torch.ones(2, 40), q, key=Key(0, 0))
 
 
-@pytest.mark.xfail(strict=True, reason="C reads the scale's memory as fp32 whatever its dtype")
-def test_fp64_scale_is_refused_or_understood():
+@pytest.mark.parametrize("scale", [torch.tensor(2.0).double(), torch.ones(2)])
+def test_scale_must_be_one_fp32_number(scale, kernel_name):
     q = parse_quantizer("e4m3@tensor:delayed(2)")
-    y = apply_quantizer(X, q, scale=torch.tensor(2.0, dtype=torch.float64))
-    assert torch.equal(y, X)
+    with pytest.raises(FormatError, match="must be one fp32 number; found"):
+        apply_quantizer(X, q, scale=scale)

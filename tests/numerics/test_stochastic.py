@@ -58,6 +58,34 @@ def test_bf16_equals_gfloat_with_the_same_words(kernel_name):
     assert_same(stochastic(torch.from_numpy(x), "bf16"), expected, x)
 
 
+@pytest.mark.parametrize("name", ["e4m3", "e2m1", "fp16"])
+def test_subnormals_at_the_threshold_of_their_own_word(name, kernel_name):
+    """|error| / step against (k + 1/2) 2^-22, k the word's top 22 bits: one fp32 ulp decides."""
+    words = words_at(key_of(0, "test"), 0, 4000)
+    share = (2 * (words >> 10).astype(np.int64) + 1) * 2.0**-23
+    x = (np.minimum(share, 1 - share) * 2.0 ** (grid(name).e_min - grid(name).m)).astype(np.float32)
+    moved = []
+    for target in (0.0, None, 1.0):
+        near = x if target is None else np.nextafter(x, np.float32(target))
+        y = stochastic(torch.from_numpy(near), name)
+        assert_same(y, round_array(near, grid(name), "stochastic", True, words), near)
+        moved.append(float((y > 0).float().mean()))
+    assert moved[0] <= moved[1] < 0.1 < 0.4 < moved[2]
+
+
+@pytest.mark.parametrize("name", ["bf16", "e8m1", "tf32"])
+def test_carries_at_the_threshold_of_their_own_word(name, kernel_name):
+    """Up iff discarded bits + word mod 2^b ≥ 2^b: one unit in the last place decides."""
+    bits = 23 - grid(name).m
+    low = words_at(key_of(0, "test"), 0, 4000).astype(np.int64) % 2**bits
+    discarded = 2**bits - np.maximum(low, 2)
+    for less in (0, 1):
+        x = (0x3F800000 + discarded - less).astype(np.uint32).view(np.float32)
+        up = stochastic(torch.from_numpy(x), name).numpy() > 1
+        assert (up == (discarded - less + low >= 2**bits)).all()
+        assert abs(up.mean() - (1 - less)) < 0.01
+
+
 @pytest.mark.parametrize("name", [*NAMES, "e4m3ieee", "e5m3"])
 def test_result_is_one_of_the_two_neighbors(name, kernel_name):
     g, x = grid(name), mixture(20_000, seed=7)

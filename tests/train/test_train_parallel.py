@@ -106,6 +106,15 @@ def test_one_process_that_is_asked_to_stop_stops_them_all(make_config, parallel)
     assert train_together(raw, resume=path) == ["finished"] * 2
 
 
+def test_storage_that_needs_the_whole_tensor_is_refused_when_sharded(make_config):
+    policy = {"recipe": "msamp_o2", "allow_partial": True}
+    config = make_config(policy=policy, train={"parallel": "fsdp2", "steps": 1})
+    for said in train_together(config.to_dict()):
+        assert said.startswith("PolicyError: ")
+        assert "fsdp2 leaves each process a part" in said
+    assert not Path(config.run.out).exists()
+
+
 def test_a_mistake_is_told_by_every_process(make_config):
     config = make_config(train={"steps": 1})
     train(config)

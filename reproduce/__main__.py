@@ -1,0 +1,23 @@
+"""Run every script, print its results and write reproduce/RESULTS.md."""
+
+from pathlib import Path
+
+from reproduce import bit_reduction, stochastic_rounding
+from reproduce.common import show
+from reproduce.results import Section, render
+from reproduce.runs import open_runs
+
+SCRIPTS = (stochastic_rounding, bit_reduction)
+PAGE = Path(__file__).with_name("RESULTS.md")
+
+
+def main() -> None:
+    """The exit status says that everything ran, not what came out."""
+    with open_runs() as runs:
+        sections = [Section(script, show(script.results(runs))) for script in SCRIPTS]
+    PAGE.write_text(render(sections), encoding="utf-8")
+    print(f"written: {PAGE.name}")
+
+
+if __name__ == "__main__":
+    main()
