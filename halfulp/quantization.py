@@ -58,12 +58,11 @@ class QuantizedTable(nn.Module):
 
 
 def _through(module: QuantizedTable, name: str) -> Tensor | None:
-    parameter, q, clock = (
-        module._parameters.get(name),
-        module.halfulp_quantizer,
-        module.halfulp_clock,
-    )
+    parameter, q = module._parameters.get(name), module.halfulp_quantizer
+    clock = module.halfulp_clock
     if parameter is None or q is None or not clock.enabled:
+        return parameter
+    if hasattr(parameter, "to_local"):  # FSDP2 asks for its own shard here, never a forward pass
         return parameter
     key = module.halfulp_key.fold(clock.step).fold(clock.micro) if q.stochastic else None
     return _StraightThrough.apply(parameter.float(), q, key).to(parameter.dtype)

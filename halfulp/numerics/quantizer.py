@@ -105,7 +105,7 @@ def parse_quantizer(text: str) -> Quantizer:
 
 
 def _parse_word(text: str, word: str) -> dict:
-    match = re.fullmatch(r"(\w+?)(?:\(([\w.+-]+)\))?", word)
+    match = re.fullmatch(r"(\w+?)(?:\((\d[\d.]*(?:e[+-]?\d+)?)\))?", word)
     _require(match, text, word)
     assert match is not None
     name, argument = match[1], match[2]

@@ -65,7 +65,7 @@ class TrainSection:
     eval_batches: int = 8
     checkpoint_every: int = 500  # 0 = only after the last step
     keep: int = 2  # newest checkpoints kept
-    count_every: int = 50  # 0 = no counters
+    count_every: int = 50  # and in the last step; 0 = no counters
     compile: bool = False
     activation_checkpointing: bool = False
     parallel: str = "ddp"  # how the processes of torchrun share the work

@@ -91,7 +91,8 @@ def _run(s: Session, interrupt: Interrupt) -> Summary:
 def _one_step(s: Session, interrupt: Interrupt) -> bool:
     """Train one step and do what is due after it; True when the run is asked to stop."""
     train, before = s.config.train, time.perf_counter()
-    counting = _due(s.step + 1, train.count_every)
+    last = s.step + 1 == train.steps and train.count_every > 0
+    counting = last or _due(s.step + 1, train.count_every)
     s.precision.handle.count(counting)
     s.precision.optimizer.count(counting)
     with _eager() if counting and train.compile else nullcontext():

@@ -102,26 +102,12 @@ def share(model: nn.Module, world: World) -> nn.Module:
         mesh = init_device_mesh(world.device.type, (world.size,))
         for module in (*layers_of(model), model):
             fully_shard(module, mesh=mesh)
-        _register(model)
     return model
-
-
-def _register(model: nn.Module) -> None:
-    """Let FSDP take its references to the parameters at once.
-
-    It would read them as attributes before the first forward pass, and a quantized table answers
-    with its rounded copy: call this while the quantizers are off.
-    """
-    for module in (*layers_of(model), model):
-        sharded = cast(_Sharded, module)
-        sharded.unshard()
-        sharded.reshard()
 
 
 class _Sharded(Protocol):
     def set_requires_gradient_sync(self, on: bool) -> None: ...
     def reshard(self) -> None: ...
-    def unshard(self) -> None: ...
 
 
 def synchronized(model: nn.Module, world: World, on: bool) -> AbstractContextManager[None]:

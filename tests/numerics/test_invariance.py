@@ -200,7 +200,7 @@ def test_half_inputs_round_once_and_keep_their_dtype(name, dtype, rounding, kern
 @pytest.mark.parametrize("name", ["e5m9finite", "e5m2fn"])
 def test_formats_beyond_fp16_are_refused(name):
     """65504 would round to 65536, which fp16 does not hold."""
-    with pytest.raises(FormatError, match="does not fit in torch.float16"):
+    with pytest.raises(FormatError, match=r"does not fit in torch\.float16"):
         round_to(torch.tensor([65504.0], dtype=torch.float16), name)
 
 
