@@ -13,7 +13,7 @@ from dataclasses import dataclass
 REPRODUCED, REFUTED, UNKNOWN = "reproduced", "not reproduced", "could not tell"
 FALSE_ALARM = 1e-3  # a test of exactness fails by chance this often
 
-# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom.
+# 97.5% quantiles of Student's t for 1, 2, … degrees of freedom.
 _STUDENT = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
@@ -32,22 +32,23 @@ class Result:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `n` independent values and its 95 % interval."""
+    """A mean over `n` independent values and its 95% interval."""
 
     mean: float
     low: float
     high: float
     n: int
 
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+    def text(self, spec: str) -> str:
+        """Mean and bounds, each formatted as `spec` says."""
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
-    def percent(self) -> str:
-        return f"{self.mean:+.2%} [{self.low:+.2%}, {self.high:+.2%}]"
+    def __str__(self) -> str:
+        return self.text("+.3f")
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Student's 95 % interval of the mean of at least two values."""
+    """Student's 95% interval of the mean of at least two values."""
     n, mean = len(values), statistics.fmean(values)
     quantile = _STUDENT[n - 2] if n - 2 < len(_STUDENT) else 2.08
     half = quantile * statistics.stdev(values) / math.sqrt(n)

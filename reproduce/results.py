@@ -11,10 +11,10 @@ from types import ModuleType
 from reproduce.common import REFUTED, REPRODUCED, UNKNOWN, Result
 
 _RULE = (
-    "Brackets are 95 % intervals (Student, over seeds or independent samples). A verdict is "
+    "Brackets are 95% intervals (Student, over seeds or independent samples). A verdict is "
     f'"{REPRODUCED}" when the whole interval lies inside the gate, "{REFUTED}" when it lies '
-    f'outside, "{UNKNOWN}" otherwise. Losses are nats/token. Seconds are wall-clock and count a '
-    "training run for the first claim that needs it."
+    f'outside, "{UNKNOWN}" otherwise. Losses are nats/token. Seconds are wall-clock time until the '
+    "claim was decided, after the one before it."
 )
 
 
@@ -48,7 +48,7 @@ def machine() -> str:
 
 
 def _origin(sections: Sequence[Section]) -> str:
-    seconds = sum(seconds for section in sections for _, seconds in section.rows)
+    seconds = sum(spent for section in sections for _, spent in section.rows)
     today = datetime.date.today().isoformat()
     return (
         f"Written by `python -m reproduce` on {today} in {seconds / 60:.0f} minutes: {machine()}."

@@ -5,11 +5,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from reproduce.common import Result
 
 PRESET = "llama-tiny"  # 0.13 M parameters: 2 layers of 64 channels
 LENGTH, ROWS = 64, 8
@@ -70,29 +73,69 @@ def policy(
     return "\n".join(text)
 
 
+class Trainer(Protocol):
+    """What a claim needs: the outcomes of jobs, in order."""
+
+    def __call__(self, jobs: Sequence[Job]) -> list[Outcome]: ...
+
+    def losses(self, jobs: Sequence[Job]) -> list[float]: ...
+
+
+class Plan:
+    """Writes down which jobs the claims will ask for, and makes their losses up."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def __call__(self, jobs: Sequence[Job]) -> list[Outcome]:
+        self.jobs += jobs
+        return [Outcome(float(job.seed), 0.0, 0.0) for job in jobs]
+
+    def losses(self, jobs: Sequence[Job]) -> list[float]:
+        return [outcome.loss_nats for outcome in self(jobs)]
+
+
 class Runs:
     """Trains jobs and remembers them: a run that two claims need happens once."""
 
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self._pool = pool
-        self._done: dict[Job, Outcome] = {}
+        self._futures: dict[Job, Future[Outcome]] = {}
+        self._finished = 0
+
+    def start(self, claims: Callable[[Trainer], Iterator[Result]]) -> None:
+        """Queue all the jobs of `claims` in their order, so that no process waits for a claim."""
+        plan = Plan()
+        for _ in claims(plan):
+            pass
+        self._submit(plan.jobs)
 
     def __call__(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """The outcomes of `jobs`, in order; prints a line per run."""
-        missing = [job for job in dict.fromkeys(jobs) if job not in self._done]
-        for i, (job, outcome) in enumerate(
-            zip(missing, self._pool.map(train_job, missing), strict=True), 1
-        ):
-            self._done[job] = outcome
-            say(
-                f"  run {i}/{len(missing)}: {job.label}, lr {job.lr:g}, seed {job.seed}: "
-                f"{outcome.loss_nats:.3f} nats ({outcome.seconds:.0f} s)"
-            )
-        return [self._done[job] for job in jobs]
+        """The outcomes of `jobs`, in order."""
+        self._submit(jobs)
+        return [self._futures[job].result() for job in jobs]
 
     def losses(self, jobs: Sequence[Job]) -> list[float]:
         """Held-out loss of each job, in nats/token."""
         return [outcome.loss_nats for outcome in self(jobs)]
+
+    def _submit(self, jobs: Sequence[Job]) -> None:
+        for job in dict.fromkeys(jobs):
+            if job not in self._futures:
+                self._futures[job] = future = self._pool.submit(train_job, job)
+                future.add_done_callback(partial(self._report, job))
+
+    def _report(self, job: Job, future: Future[Outcome]) -> None:
+        self._finished += 1
+        if future.cancelled() or future.exception():
+            return
+        loss, seconds = future.result().loss_nats, future.result().seconds
+        print(
+            f"  run {self._finished}/{len(self._futures)}: {job.label}, lr {job.lr:g}, "
+            f"seed {job.seed}: {loss:.3f} nats ({seconds:.0f} s)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @contextmanager
@@ -100,8 +143,11 @@ def open_runs() -> Iterator[Runs]:
     """Two processes that train, until the end of the block."""
     # fork would copy the thread pools of torch into a state in which they hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
+    pool = ProcessPoolExecutor(WORKERS, mp_context=context)
+    try:
         yield Runs(pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def train_job(job: Job) -> Outcome:
@@ -115,11 +161,6 @@ def train_job(job: Job) -> Outcome:
         summary = train(config, command=("reproduce",))
         probed = job.probe(summary.path) if job.probe else 0.0
     return Outcome(summary.loss_nats, probed, time.perf_counter() - before)
-
-
-def say(line: str) -> None:
-    """Progress, on stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _config(job: Job, folder: Path) -> dict[str, Any]:

@@ -69,7 +69,8 @@ class Quantizer:
         words = [str(self.format)]
         if self.granularity != "element":
             words[0] += f"@{self.granularity}"
-            argument = {"delayed": self.history, "static": f"{self.static_scale!r}"}.get(self.scale)
+            number = repr(self.static_scale).removesuffix(".0")
+            argument = {"delayed": self.history, "static": number}.get(self.scale)
             words.append(self.scale if argument is None else f"{self.scale}({argument})")
         words += ["p2"] * self.power_of_two
         words += [f"margin({self.margin})"] * bool(self.margin)
@@ -148,7 +149,7 @@ def _check(q: Quantizer, text: str) -> None:
         "delayed and static scales are per tensor": (
             q.scale in ("delayed", "static") and q.granularity != "tensor"
         ),
-        "margin(K) needs K >= 0": q.margin < 0,
+        "margin(K) needs 0 <= K <= 64": not 0 <= q.margin <= 64,
         "delayed(H) needs H >= 1": q.scale == "delayed" and q.history < 1,
         "static(S) needs S > 0": q.scale == "static" and not q.static_scale > 0,
         "nvfp4 is e2m1 in 1x16 or 16x16 blocks": (

@@ -47,8 +47,8 @@ INLINE float narrow(float x, const Quantizer q, int rounding, int saturate, uint
     float a = q.cap < whole ? q.cap : whole; /* written so that NaN stays */
     int32_t e = (int32_t)(bits_of(a) & 0x7f800000u), least = (q.smallest_exponent + 127) << 23;
     e = e > least ? e : least;
-    float c = float_of((uint32_t)(e + ((23 - q.mantissa_bits) << 23)));
-    uint32_t step = (uint32_t)(e - (q.mantissa_bits << 23));
+    float c = float_of((uint32_t)e + ((uint32_t)(23 - q.mantissa_bits) << 23));
+    uint32_t step = (uint32_t)e - ((uint32_t)q.mantissa_bits << 23);
     float r = (a + c) - c;
     if (rounding == STOCHASTIC) {
         float error = a - r;
@@ -73,7 +73,6 @@ INLINE float wide(float x, const Quantizer q, int rounding, uint32_t random) {
     r &= ~mask;
     uint32_t largest = bits_of(q.largest), beyond = q.saturate ? largest : 0x7f800000u;
     r = r > largest ? beyond : r;
-    if (rounding == TRUNCATE && !q.saturate) r = magnitude == 0x7f800000u ? magnitude : r;
     r = magnitude > 0x7f800000u ? 0x7fc00000u : r;
     return float_of(r | sign);
 }

@@ -207,8 +207,6 @@ def _wide(x: Tensor, fmt: Format, rounding: str, saturate: bool, random: Tensor 
     r = r & ~mask
     largest = _EXPONENT - (1 << drop)
     r = torch.where(r > largest, largest if saturate else _EXPONENT, r)
-    if rounding == "truncate" and not saturate:
-        r = torch.where(magnitude == _EXPONENT, _EXPONENT, r)
     r = torch.where(magnitude > _EXPONENT, _QUIET_NAN, r)
     return (r | (u & _SIGN)).view(torch.float32)
 

@@ -123,7 +123,8 @@ class AdamW(torch.optim.Optimizer):
         key = Key.of(self.seed, f"{name}/update").fold(step)
         scalars = _scalars(group, step)
         q = parse_quantizer(group["weight"])
-        if not self._counting and _fused(q, weight, grad, m, v):
+        fused = _fused(q, weight, grad, m, v) and index % 2**32 + weight.numel() <= 2**32
+        if fused and not self._counting:
             _step_c(weight, grad, m, v, q, group["update_rounding"], key, index, scalars)
         else:
             self._step_torch(group, name, weight, grad, m, v, key, index, scalars)

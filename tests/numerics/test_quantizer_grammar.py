@@ -9,6 +9,7 @@ EXAMPLES = [
     "fp32", "bf16", "e8m3:truncate", "e5m7:saturate", "e4m3:overflow", "bf16:stochastic",
     "fp16@tensor:current", "e4m3@tensor:current", "e4m3@row:current:p2", "int8@row:current",
     "e4m3@tensor:current:p2:margin(2)", "e5m2@tensor:delayed(1024)", "e4m3@tensor:static(0.5)",
+    "e4m3@tensor:static(1)", "e4m3@tensor:static(1e-05)",
     "e4m3@tensor:delayed(16):p2:margin(1):stochastic", "e4m3@128x128:current", "e4m3@1x128:current",
     "e4m3@1x32:e8m0_up", "e2m3@1x32:e8m0_floor:truncate", "e2m1@16x16:nvfp4",
     "e2m1@1x16:nvfp4:stochastic:hadamard(16)", "bf16:hadamard(32)",
@@ -91,7 +92,7 @@ def test_unknown_format_names_the_nearest():
         parse_quantizer("e4m3x@tensor")
 
 
-@pytest.mark.parametrize("value", ["0.00001", "0.123456789"])
+@pytest.mark.parametrize("value", ["0.00001", "0.123456789", "65536", "1e20", "3."])
 def test_static_scale_round_trips(value):
     q = parse_quantizer(f"e4m3@tensor:static({value})")
     assert parse_quantizer(str(q)) == q
