@@ -4,8 +4,10 @@ The autograd function below holds the three GEMMs of y = x wᵀ. An operand that
 the same way, with a scale that does not depend on the direction, is quantized once.
 """
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +38,35 @@ class Clock:
         self.step = self.micro = 0
         self.enabled, self.counting = True, False
         self.tensor = torch.zeros(2, dtype=torch.int32)  # the same, for traced graphs
+        self.recent = Recent()
 
     def set(self, step: int, micro: int) -> None:
         self.step, self.micro = step, micro
         self.tensor[0], self.tensor[1] = step, micro
+
+
+class Recent:
+    """The last input quantized, for the linears that share it: q, k and v, or gate and up."""
+
+    def __init__(self) -> None:
+        self.facts: tuple | None = None
+        self.copy: Tensor | None = None
+
+    def find(self, x: Tensor, q: Quantizer) -> Tensor | None:
+        """The copy made of `x`, if it was the last one and nothing has written to it since."""
+        if self.facts is None or self.facts[0]() is not _owner(x):
+            return None
+        same = self.facts[1:] == (q, x._version, x.data_ptr(), x.shape, x.stride())
+        return self.copy if same else None
+
+    def keep(self, x: Tensor, q: Quantizer, copy: Tensor) -> None:
+        where = x._version, x.data_ptr(), x.shape, x.stride()
+        self.facts, self.copy = (weakref.ref(_owner(x)), q, *where), copy
+
+
+def _owner(x: Tensor) -> Tensor:
+    """The tensor that `x` is a view of: it lives as long as the values do."""
+    return x if x._base is None else x._base
 
 
 @dataclass
@@ -80,8 +107,9 @@ class Site:
                 self.histories[operand] = History(torch.zeros(q.history), torch.ones(()))
         names = {"fprop": ("x", "w"), "dgrad": ("g", "w"), "wgrad": ("g", "x")}
         self.gemms = {gemm: self._plan(gemm, a, b) for gemm, (a, b) in names.items()}
-        keys = (Key.of(self.seed, f"{self.name}/{operand}") for operand in OPERANDS)
-        self.bases = torch.stack([key.tensor() for key in keys])
+        self.keys = {o: Key.of(self.seed, f"{self.name}/{o}") for o in OPERANDS}
+        self.bases = torch.stack([key.tensor() for key in self.keys.values()])
+        self.shared = {operand: self._shares(operand) for operand in _OTHER}
         self.stochastic = any(self.quantizer(operand).stochastic for operand in OPERANDS)
 
     def _plan(self, gemm: str, a: str, b: str) -> tuple[str, Accumulation, Quantizer]:
@@ -98,7 +126,7 @@ class Site:
     def quantizer(self, operand: str) -> Quantizer:
         return getattr(self.spec, operand)
 
-    def shares(self, operand: str) -> bool:
+    def _shares(self, operand: str) -> bool:
         """Whether the copy made for the other GEMM of this tensor serves `operand` too."""
         other, q = _OTHER[operand], self.quantizer(operand)
         encoded = "int8" in (self.gemms[operand[:5]][0], self.gemms[other[:5]][0])
@@ -111,7 +139,7 @@ class Site:
             return None
         if at.keys is not None:
             return at.keys[OPERANDS.index(operand)]
-        return Key.of(self.seed, f"{self.name}/{operand}").fold(at.step).fold(at.micro)
+        return self.keys[operand].fold(at.step).fold(at.micro)
 
     def traced_keys(self) -> Tensor | None:
         """The keys of all operands at the clock's time as int32 [6, 2], computed in the graph."""
@@ -126,8 +154,15 @@ class Site:
             return x
         history = self.histories.get(operand)
         scale = None if history is None else history.scale.to(x.device)
-        y = apply_quantizer(x, q, key=self.key(operand, at), scale=scale)
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return apply_quantizer(x, q, key=self.key(operand, at), scale=scale)
+        lasting = operand == "fprop_x" and history is None and not q.stochastic
+        y = self.clock.recent.find(x, q) if lasting else None
+        if y is None:
+            y = apply_quantizer(x, q, key=self.key(operand, at), scale=scale)
+            if lasting:
+                self.clock.recent.keep(x, q, y)
+        if at.counting or history is not None:
             self.observe(operand, x, y, at)
         return y
 
@@ -157,7 +192,8 @@ class Site:
         key = self.key(operand, at)
         assert not isinstance(key, Tensor)
         codes = encode(x, self.quantizer(operand), key)
-        self.observe(operand, x, codes.codes.float() * codes.step, at)
+        if at.counting:
+            self.observe(operand, x, codes.codes.float() * codes.step, at)
         return codes
 
     def operand(self, gemm: str, side: str, x: Tensor, at: "Moment") -> Tensor:
@@ -169,8 +205,7 @@ class Site:
         return y if out.is_identity or carrier == "bf16" else apply_quantizer(y, out)
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(NamedTuple):
     """The clock as it stood in the forward pass; the backward pass uses the same."""
 
     step: int
@@ -194,33 +229,32 @@ class QuantizedMatmul(torch.autograd.Function):
         if bias is not None:
             y = y + bias
         ctx.site, ctx.has_bias = site, bias is not None
-        ctx.moment = (at.step, at.micro, at.training, at.counting)
-        kept = (xq if site.shares("wgrad_x") else x, wq if site.shares("dgrad_w") else w)
+        ctx.moment = at[:-1]
+        kept = (xq if site.shared["wgrad_x"] else x, wq if site.shared["dgrad_w"] else w)
         ctx.save_for_backward(*kept, keys)
         return site.round_out("fprop", y)
 
     @staticmethod
     def backward(ctx, g):
         (x, w, keys), site = ctx.saved_tensors, ctx.site
-        step, micro, training, counting = ctx.moment
-        at = Moment(step, micro, training, counting, keys)
+        at = Moment(*ctx.moment, keys)
         g = g.contiguous()
         dx = dw = dbias = gq = None
         if ctx.needs_input_grad[0]:
             gq = site.operand("dgrad", "g", g, at)
             wq = (
                 w.mT
-                if site.shares("dgrad_w")
+                if site.shared["dgrad_w"]
                 else site.operand("dgrad", "w", w.mT.contiguous(), at)
             )
             dx = site.round_out("dgrad", site.product("dgrad", "g", gq, "w", wq, at))
         if ctx.needs_input_grad[1]:
             xq = (
                 x.mT
-                if site.shares("wgrad_x")
+                if site.shared["wgrad_x"]
                 else site.operand("wgrad", "x", x.mT.contiguous(), at)
             )
-            if gq is None or not site.shares("wgrad_g"):
+            if gq is None or not site.shared["wgrad_g"]:
                 gq = site.operand("wgrad", "g", g.mT.contiguous(), at).mT
             dw = site.round_out("wgrad", site.product("wgrad", "g", gq.mT, "x", xq, at))
         if ctx.has_bias and ctx.needs_input_grad[2]:
@@ -238,10 +272,12 @@ def quantized_matmul(
 
 
 def _matmul(x: Tensor, w: Tensor, bias: Tensor | None, site: Site, training: bool) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _matmul(x, w, bias, site, training)
     keys = site.traced_keys() if torch.compiler.is_compiling() else None
     bias = None if bias is None else bias.float()
-    with torch.autocast(x.device.type, enabled=False):
-        y = QuantizedMatmul.apply(x.float(), w.float(), bias, keys, site, training)
+    y = QuantizedMatmul.apply(x.float(), w.float(), bias, keys, site, training)
     return y.to(x.dtype)
 
 

@@ -40,7 +40,7 @@ FORMATS = ("bf16", "fp16", "e4m3", "e5m2", "e2m1")
 VALUES, DRAWS = 64, 1 << 14
 SUM_FORMAT, LENGTHS = "e8m13", tuple(2**k for k in range(4, 12))
 TRIALS = 20_000  # sums of the accumulator test
-FEW, MANY = range(3), range(6)  # seeds
+FEW, MANY = range(3), range(8)  # seeds
 STEPS = 600
 
 

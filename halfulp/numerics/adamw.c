@@ -18,22 +18,29 @@ INLINE float load(const void *x, int64_t i, int half) {
     return half ? float_of((uint32_t)((const uint16_t *)x)[i] << 16) : ((const float *)x)[i];
 }
 
-INLINE void steps(const Job job, const Quantizer q, const Scalars s, int rounding, int p16, int g16, int64_t begin, uint32_t n) {
-    float *restrict m = job.m + begin, *restrict v = job.v + begin;
+INLINE void steps(const Job *job, const Quantizer q, const Scalars s, int rounding, int p16, int g16,
+                  int64_t begin, uint32_t n, const uint32_t *random) {
+    float *restrict m = job->m + begin, *restrict v = job->v + begin;
     for (uint32_t i = 0; i < n; i++) {
-        float g = load(job.g, begin + i, g16), p = load(job.p, begin + i, p16);
+        float g = load(job->g, begin + i, g16), p = load(job->p, begin + i, p16);
         float mean = m[i] + (g - m[i]) * s.one_minus_beta1;
         float square = v[i] * s.beta2 + (g * g) * s.one_minus_beta2;
         float next = p * s.decay - mean / (sqrtf(square) * s.correction + s.eps) * s.lr;
         m[i] = mean;
         v[i] = square;
-        if (rounding != KEEP) {
-            uint32_t random = rounding == STOCHASTIC ? word(job.index + (uint32_t)begin + i, job.k0, job.k1) : 0;
-            next = wide(next, q, rounding, random);
-        }
-        if (p16) ((uint16_t *)job.p)[begin + i] = (uint16_t)(bits_of(next) >> 16);
-        else ((float *)job.p)[begin + i] = next;
+        if (rounding != KEEP) next = wide(next, q, rounding, rounding == STOCHASTIC ? random[i] : 0);
+        if (p16) ((uint16_t *)job->p)[begin + i] = (uint16_t)(bits_of(next) >> 16);
+        else ((float *)job->p)[begin + i] = next;
     }
+}
+
+/* One instantiation per pair of types, so that the loop has no branch. */
+INLINE void typed(const Job *job, const Quantizer q, const Scalars s, int rounding, int64_t begin, uint32_t n,
+                  const uint32_t *random) {
+    if (job->p16 && job->g16) steps(job, q, s, rounding, 1, 1, begin, n, random);
+    else if (job->p16) steps(job, q, s, rounding, 1, 0, begin, n, random);
+    else if (job->g16) steps(job, q, s, rounding, 0, 1, begin, n, random);
+    else steps(job, q, s, rounding, 0, 0, begin, n, random);
 }
 
 CLONES static void adamw_range(int64_t begin, int64_t end, const void *context) {
@@ -41,17 +48,15 @@ CLONES static void adamw_range(int64_t begin, int64_t end, const void *context) 
     const Quantizer none = {0}, q = job.q ? *job.q : none;
     const Scalars s = *job.s;
     const int rounding = job.q ? q.rounding : KEEP;
-    const int64_t chunk = 1 << 24;
-    for (int64_t i = begin; i < end; i += chunk) {
-        const uint32_t n = (uint32_t)(end - i < chunk ? end - i : chunk);
-        if (job.p16 && job.g16) {
-            if (rounding == STOCHASTIC) steps(job, q, s, STOCHASTIC, 1, 1, i, n);
-            else if (rounding == TRUNCATE) steps(job, q, s, TRUNCATE, 1, 1, i, n);
-            else steps(job, q, s, NEAREST, 1, 1, i, n);
-        } else if (rounding == STOCHASTIC) steps(job, q, s, STOCHASTIC, job.p16, job.g16, i, n);
-        else if (rounding == NEAREST) steps(job, q, s, NEAREST, job.p16, job.g16, i, n);
-        else if (rounding == TRUNCATE) steps(job, q, s, TRUNCATE, job.p16, job.g16, i, n);
-        else steps(job, q, s, KEEP, 0, job.g16, i, n);
+    uint32_t random[PIECE];
+    while (begin < end) {
+        const uint32_t index = job.index + (uint32_t)begin, n = piece(index, end - begin);
+        if (rounding == STOCHASTIC) words(random, n, index, job.k0, job.k1);
+        if (rounding == STOCHASTIC) typed(&job, q, s, STOCHASTIC, begin, n, random);
+        else if (rounding == NEAREST) typed(&job, q, s, NEAREST, begin, n, random);
+        else if (rounding == TRUNCATE) typed(&job, q, s, TRUNCATE, begin, n, random);
+        else typed(&job, q, s, KEEP, begin, n, random);
+        begin += n;
     }
 }
 

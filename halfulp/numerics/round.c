@@ -3,21 +3,20 @@
 #include "round.h"
 
 INLINE void span(const float *x, float *y, uint32_t n, const Quantizer q, int rounding, int kind,
-                 int scaled, float s, float inverse, uint32_t k0, uint32_t k1, uint32_t index) {
+                 int scaled, float s, float inverse, const uint32_t *random) {
     for (uint32_t i = 0; i < n; i++) {
         float v = scaled ? x[i] * s : x[i];
-        uint32_t random = rounding == STOCHASTIC ? word(index + i, k0, k1) : 0;
-        float r = rounded(v, q, rounding, kind, random);
+        float r = rounded(v, q, rounding, kind, rounding == STOCHASTIC ? random[i] : 0);
         y[i] = scaled ? r * inverse : r;
     }
 }
 
 /* One instantiation per rounding, so that the loop has no branch. */
 INLINE void spans(const float *x, float *y, uint32_t n, const Quantizer q, int kind, int scaled,
-                  float s, float inverse, uint32_t k0, uint32_t k1, uint32_t index) {
-    if (q.rounding == NEAREST) span(x, y, n, q, NEAREST, kind, scaled, s, inverse, k0, k1, index);
-    else if (q.rounding == STOCHASTIC) span(x, y, n, q, STOCHASTIC, kind, scaled, s, inverse, k0, k1, index);
-    else span(x, y, n, q, TRUNCATE, kind, scaled, s, inverse, k0, k1, index);
+                  float s, float inverse, const uint32_t *random) {
+    if (q.rounding == NEAREST) span(x, y, n, q, NEAREST, kind, scaled, s, inverse, random);
+    else if (q.rounding == STOCHASTIC) span(x, y, n, q, STOCHASTIC, kind, scaled, s, inverse, random);
+    else span(x, y, n, q, TRUNCATE, kind, scaled, s, inverse, random);
 }
 
 INLINE uint32_t largest_bits(const float *x, int64_t n) {
@@ -88,15 +87,17 @@ typedef struct {
 CLONES static void round_range(int64_t begin, int64_t end, const void *context) {
     const Job job = *(const Job *)context;
     const Quantizer q = *job.q;
-    const int64_t chunk = 1 << 24;
-    for (int64_t i = begin; i < end; i += chunk) {
-        const uint32_t n = (uint32_t)(end - i < chunk ? end - i : chunk), at = job.index + (uint32_t)i;
-        const float *x = job.x + i;
-        float *y = job.y + i;
-        if (q.scale != NONE) spans(x, y, n, q, SATURATE, 1, job.s, job.inverse, job.k0, job.k1, at);
-        else if (q.kind == WIDE) spans(x, y, n, q, WIDE, 0, 1, 1, job.k0, job.k1, at);
-        else if (q.kind == SATURATE) spans(x, y, n, q, SATURATE, 0, 1, 1, job.k0, job.k1, at);
-        else spans(x, y, n, q, OVERFLOW, 0, 1, 1, job.k0, job.k1, at);
+    uint32_t random[PIECE];
+    while (begin < end) {
+        const uint32_t index = job.index + (uint32_t)begin, n = piece(index, end - begin);
+        const float *x = job.x + begin;
+        float *y = job.y + begin;
+        if (q.rounding == STOCHASTIC) words(random, n, index, job.k0, job.k1);
+        if (q.scale != NONE) spans(x, y, n, q, SATURATE, 1, job.s, job.inverse, random);
+        else if (q.kind == WIDE) spans(x, y, n, q, WIDE, 0, 1, 1, random);
+        else if (q.kind == SATURATE) spans(x, y, n, q, SATURATE, 0, 1, 1, random);
+        else spans(x, y, n, q, OVERFLOW, 0, 1, 1, random);
+        begin += n;
     }
 }
 
@@ -107,8 +108,19 @@ CLONES static void amax_range(int64_t begin, int64_t end, const void *context) {
     while (m > old && !__atomic_compare_exchange_n(job->amax, &old, m, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
 }
 
+#define ROW 2048 /* elements of a row of tiles that are rounded at a time */
+#define STRIP 64 /* tiles */
+
+/* Elements from `at` on: tiles of `width` columns side by side, or a piece of one. */
+INLINE void row_of_tiles(const Job *job, const Quantizer q, int64_t at, int tiles, uint32_t width,
+                         const float *s, const float *inverse) {
+    uint32_t random[ROW];
+    if (q.rounding == STOCHASTIC) words(random, tiles * width, job->index + (uint32_t)at, job->k0, job->k1);
+    for (int t = 0; t < tiles; t++, at += width)
+        spans(job->x + at, job->y + at, width, q, SATURATE, 1, s[t], inverse[t], random + t * width);
+}
+
 /* Up to STRIP tiles of one band: all maxima, then all scales (vectorized), then the rounding. */
-#define STRIP 64
 INLINE void strip(const Job *job, const Quantizer q, int64_t row, int64_t rows, int64_t column, int tiles, uint32_t width) {
     uint32_t amax[STRIP] = {0};
     float s[STRIP], inverse[STRIP];
@@ -118,17 +130,19 @@ INLINE void strip(const Job *job, const Quantizer q, int64_t row, int64_t rows, 
             amax[t] = m > amax[t] ? m : amax[t];
         }
     scales(amax, STRIP, q, job->global, s, inverse);
-    for (int64_t r = row; r < row + rows; r++)
-        for (int t = 0; t < tiles; t++) {
-            const int64_t at = r * job->columns + column + t * width;
-            spans(job->x + at, job->y + at, width, q, SATURATE, 1, s[t], inverse[t], job->k0, job->k1, job->index + (uint32_t)at);
-        }
+    for (int64_t r = row; r < row + rows; r++) {
+        const int64_t at = r * job->columns + column;
+        if (width <= ROW) row_of_tiles(job, q, at, tiles, width, s, inverse);
+        else for (uint32_t c = 0; c < width; c += ROW)
+            row_of_tiles(job, q, at + c, 1, width - c < ROW ? width - c : ROW, s, inverse);
+    }
 }
 
 /* The common tile widths get loops of constant length. */
 INLINE void strips(const Job *job, const Quantizer q, int64_t row, int64_t rows, int64_t *column, uint32_t width) {
+    const int fit = width < ROW ? ROW / width : 1, most = fit < STRIP ? fit : STRIP;
     for (int64_t left; (left = (job->columns - *column) / width) > 0;) {
-        const int tiles = left < STRIP ? (int)left : STRIP;
+        const int tiles = left < most ? (int)left : most;
         strip(job, q, row, rows, *column, tiles, width);
         *column += (int64_t)tiles * width;
     }

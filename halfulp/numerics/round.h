@@ -31,12 +31,44 @@ typedef void (*ParallelFor)(int64_t, int64_t, int64_t, Body, const void *);
 INLINE uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 INLINE float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 
-INLINE uint32_t word(uint32_t index, uint32_t k0, uint32_t k1) {
-    uint32_t x = index ^ k0;
-    x ^= x >> 17; x *= 0xed5ad4bbu;
+#define FIRST 0xed5ad4bbu
+
+/* The rest of the hash, from the first product on. */
+INLINE uint32_t mixed(uint32_t x, uint32_t k1) {
     x ^= x >> 11; x += k1;
     x *= 0xac4c1b51u; x ^= x >> 15;
     x *= 0x31848babu; return x ^ x >> 14;
+}
+
+INLINE uint32_t word(uint32_t index, uint32_t k0, uint32_t k1) {
+    uint32_t x = index ^ k0;
+    return mixed((x ^ x >> 17) * FIRST, k1);
+}
+
+#define LANES 128
+
+/* `word` of n indices from `index` on. Between two multiples of 2^17, x >> 17 is one number for all
+ * of them; and an aligned block of indices differs in low bits only, which no xor carries out of:
+ * the first product is then a sum of one number per block and one per lane. */
+INLINE void words(uint32_t *out, uint32_t n, uint32_t index, uint32_t k0, uint32_t k1) {
+    const uint32_t key = k0 ^ (index ^ k0) >> 17, low = key % LANES;
+    uint32_t lanes[LANES], i = 0;
+    if (index % LANES == 0 && (index ^ (index + n - 1)) >> 17 == 0) {
+        for (uint32_t lane = 0; lane < LANES; lane++) lanes[lane] = (lane ^ low) * FIRST;
+        for (; i + LANES <= n; i += LANES) {
+            const uint32_t block = ((index + i) ^ (key - low)) * FIRST;
+            uint32_t *at = out + i;
+            for (uint32_t lane = 0; lane < LANES; lane++) at[lane] = mixed(block + lanes[lane], k1);
+        }
+    }
+    for (; i < n; i++) out[i] = word(index + i, k0, k1);
+}
+
+/* Loops over many elements make their random words in pieces that end at multiples of this index. */
+#define PIECE 512
+INLINE uint32_t piece(uint32_t index, int64_t left) {
+    const uint32_t n = PIECE - index % PIECE;
+    return left < n ? (uint32_t)left : n;
 }
 
 /* Formats with fewer than 8 exponent bits. (a + c) - c rounds a to the grid in one fp32 addition;
@@ -45,7 +77,9 @@ INLINE float narrow(float x, const Quantizer q, int rounding, int saturate, uint
     uint32_t u = bits_of(x), sign = u & 0x80000000u;
     float whole = float_of(u ^ sign);
     float a = q.cap < whole ? q.cap : whole; /* written so that NaN stays */
-    int32_t e = (int32_t)(bits_of(a) & 0x7f800000u), least = (q.smallest_exponent + 127) << 23;
+    int32_t e = (int32_t)(u & 0x7f800000u), least = (q.smallest_exponent + 127) << 23;
+    int32_t most = (int32_t)(bits_of(q.cap) & 0x7f800000u);
+    e = e < most ? e : most;
     e = e > least ? e : least;
     float c = float_of((uint32_t)e + ((uint32_t)(23 - q.mantissa_bits) << 23));
     uint32_t step = (uint32_t)e - ((uint32_t)q.mantissa_bits << 23);
@@ -71,8 +105,8 @@ INLINE float wide(float x, const Quantizer q, int rounding, uint32_t random) {
     if (rounding == NEAREST) r += (mask >> 1) + ((u >> (23 - q.mantissa_bits)) & 1);
     if (rounding == STOCHASTIC) r += random & mask;
     r &= ~mask;
-    uint32_t largest = bits_of(q.largest), beyond = q.saturate ? largest : 0x7f800000u;
-    r = r > largest ? beyond : r;
+    uint32_t most = q.saturate ? bits_of(q.largest) : 0x7f800000u; /* the grid's next value is inf */
+    r = r < most ? r : most;
     r = magnitude > 0x7f800000u ? 0x7fc00000u : r;
     return float_of(r | sign);
 }

@@ -33,9 +33,8 @@ def interval(value: float, half_width: float) -> tuple[str, str]:
 
 
 def most(value: float, half_width: float) -> str:
-    """The upper end of `interval` as it is printed, at least 0."""
-    digits = _digits(value, half_width)
-    return f"{max(0.0, round(value, digits) + _up(half_width, digits)):.{digits}f}"
+    """The upper end of `interval` to three digits, at least 0.001: no run resolves less."""
+    return f"{max(0.001, round(value, 3) + _up(half_width, 3)):.3f}"
 
 
 def _digits(value: float, half_width: float) -> int:

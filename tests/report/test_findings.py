@@ -275,7 +275,7 @@ def test_numbers_in_words():
     ]
     assert interval(-0.00174, 0.00022) == ("0.002", "0.001")
     assert most(0.00174, 0.00022) == "0.003"
-    assert most(-0.5, 0.1) == "0.000"
+    assert most(-0.5, 0.1) == "0.001"
     assert interval(0.2, math.inf) == ("0.200", "?")
     assert plain(perplexity(math.log(1.234))) == "+23 % perplexity"
     assert listing(["a"]) == "a"
