@@ -164,10 +164,10 @@ def test_low_precision_modules_keep_their_dtype_and_autocast_does_not_leak_in() 
         assert torch.equal(model(x), plain)
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -358,15 +358,13 @@ def test_counters_name_what_happened_where() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(
-    "recipe", ["te_current", "nvfp4_all", "fp4_all", "int8_mixed", "te_delayed"]
-)
+@pytest.mark.parametrize("recipe", ["te_current", "fp4_all", "te_delayed"])
 def test_a_traced_graph_computes_the_same(recipe: str) -> None:
     """Eager and traced agree in the loss to the bit; gradients up to the order of fp32 sums."""
     torch._dynamo.reset()
     results = []
     for traced in (False, True):
-        model = tiny_llama()
+        model = tiny_llama(layers=1)
         handle = quantize(model, recipe, seed=3)
         run = torch.compile(model, backend="aot_eager") if traced else model
         values = []
