@@ -245,15 +245,16 @@ def checkpoints(threads: int, seconds: float) -> list[list[str]]:
                 "run": {"out": f"{folder}/run"},
             }
         )
-        with open_world(config.train) as world:
-            session = open_session(config, world, Start(command=("benchmark",)), None)
-            with session.run:
-                steps = {
-                    "step": lambda: run_step(session, interrupted=False),
-                    "snapshot": lambda: snapshot(session),
-                    "save": lambda: checkpoint.save(Path(folder), snapshot(session), keep=1),
-                }
-                times = interleave(steps, threads=threads, seconds=seconds)
+        with (
+            open_world(config.train) as world,
+            open_session(config, world, Start(command=("benchmark",)), None) as session,
+        ):
+            steps = {
+                "step": lambda: run_step(session, interrupted=False),
+                "snapshot": lambda: snapshot(session),
+                "save": lambda: checkpoint.save(Path(folder), snapshot(session), keep=1),
+            }
+            times = interleave(steps, threads=threads, seconds=seconds)
     copied, saved = (times[name].best / times["step"].best for name in ("snapshot", "save"))
     return [
         ["snapshot of weights and optimizer, steps", f"{copied:.2f}", verdict(copied, 1.0)],

@@ -247,6 +247,11 @@ class Policy:
     def _check_used(self, used: set[int], blocks: BlockMap) -> None:
         names = [name for gemm in blocks.gemms for name in (gemm.name, *gemm.parts)]
         names = list(dict.fromkeys([*names, *blocks.parameters.values()]))
+        if not names:
+            raise PolicyError(
+                "the model has no parameter and no GEMM, so there is nothing a policy could round. "
+                "Give a model with nn.Linear modules."
+            )
         for i, rule in enumerate(self.rules):
             if i in used:
                 continue

@@ -249,6 +249,8 @@ def quantize(
     Parameters, their names and the state dict do not change. Raises PolicyError when the model is
     quantized already, when a rule matches nothing or when a GEMM is undecided.
     """
+    if not isinstance(model, nn.Module):
+        raise PolicyError(f"quantize takes a torch module; found {type(model).__name__}.")
     if getattr(model, "halfulp", None) is not None:
         raise PolicyError("this model is quantized already. Call halfulp.unquantize(model) first.")
     resolution = resolve(model, policy, hints=hints, allow_partial=allow_partial)
@@ -268,8 +270,12 @@ def resolve(
     """Which recipe each GEMM and parameter of `model` gets; errors as in `quantize`."""
     if isinstance(policy, str) and not policy.endswith(".toml"):
         policy = Policy.from_recipe(policy)
-    elif not isinstance(policy, Policy):
+    elif isinstance(policy, str | Path):
         policy = Policy.load(Path(policy))
+    elif not isinstance(policy, Policy):
+        raise PolicyError(
+            f"a policy is a Policy, a recipe name or a path; found {type(policy).__name__}."
+        )
     resolution = policy.resolve(block_map(model, hints))
     refuse_partial(resolution, allow_partial)
     return resolution

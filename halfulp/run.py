@@ -254,7 +254,13 @@ def _cpu_name() -> str:
 def _make_room(path: Path, *, force: bool) -> None:
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is asked for as a run directory, but is a file. Give another name.")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"the run directory {path} cannot be made: {error.strerror or error}. "
+            "Give a place that can be written."
+        ) from error
     names = {entry.name for entry in path.iterdir()}
     if not names:
         return

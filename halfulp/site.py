@@ -237,7 +237,7 @@ class QuantizedMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (x, w, keys), site = ctx.saved_tensors, ctx.site
-        at = Moment(*ctx.moment, keys)
+        at = Moment(*ctx.moment, keys)  # pyright: ignore[reportCallIssue]
         g = g.contiguous()
         dx = dw = dbias = gq = None
         if ctx.needs_input_grad[0]:

@@ -62,7 +62,7 @@ def _tally(sections: Sequence[Section]) -> str:
 
 
 def _title(section: Section) -> str:
-    summary = (inspect.getdoc(section.script) or "").splitlines()[0]
+    summary = (inspect.getdoc(section.script) or "").splitlines()[0].rstrip(".")
     name = section.script.__name__.rpartition(".")[2]
     return f"## {summary}\n\n`python -m reproduce.{name}`"
 

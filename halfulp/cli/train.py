@@ -1,5 +1,6 @@
 """`halfulp train`: one training run, new or resumed."""
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -118,12 +119,18 @@ def _train(
         return run(config, resume=resume, from_step=from_step, force=force, on_event=progress.event)
 
 
+def _held_out(summary: "Summary") -> str:
+    if math.isnan(summary.loss_nats):
+        return "no evaluation yet"
+    fp32 = f"(in fp32 arithmetic {summary.loss_nats_fp32:.4f})"
+    return f"held-out loss {summary.loss_nats:.4f} {fp32} nats/token"
+
+
 def _conclude(summary: "Summary") -> None:
     if os.environ.get("RANK", "0") == "0":
         print(
             f"{summary.reason} after {summary.steps} steps, {summary.tokens:,} tokens, "
-            f"{summary.seconds:.1f} s in steps: held-out loss {summary.loss_nats:.4f} "
-            f"(in fp32 arithmetic {summary.loss_nats_fp32:.4f}) nats/token"
+            f"{summary.seconds:.1f} s in steps: {_held_out(summary)}"
         )
         print(f"run: {summary.path}")
         if summary.reason == "interrupted":

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from halfulp.errors import FormatError
+from halfulp.numerics import kernel
 from halfulp.numerics.apply import apply_quantizer, scales
 from halfulp.numerics.quantizer import Quantizer, parse_quantizer
 from halfulp.numerics.random import Key
-from halfulp.numerics.rounding import round_to
+from halfulp.numerics.rounding import round_to, use_c
 
 # Hopper's FP8 tensor cores keep about 13 fraction bits and truncate (DeepSeek-V3, 2412.19437 §3.5).
 _ACCUMULATOR = parse_quantizer("e8m13:truncate")
@@ -55,25 +56,34 @@ def parse_accumulation(text: str) -> Accumulation:
 
 def multiply(a: Tensor, b: Tensor, accumulation: Accumulation = Accumulation()) -> Tensor:
     """a [..., M, K] times b [..., N, K] transposed, fp32 [..., M, N]."""
-    k = a.shape[-1]
     if not accumulation.chunk:
         return a @ b.mT
-    total = None
-    for start in range(0, k, accumulation.chunk):
+    # Under autograd or in a traced graph, a tensor that is written twice would be wrong or slow.
+    reuse = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    total = partial = None
+    for start in range(0, a.shape[-1], accumulation.chunk):
         part = slice(start, start + accumulation.chunk)
-        partial = a[..., part] @ b[..., part].mT
-        if accumulation.promote or total is None:
-            partial = _truncate(partial)
-        if total is None:
-            total = partial
-        else:
-            total = total + partial if accumulation.promote else _truncate(total + partial)
+        out = partial if reuse and total is not None else None
+        partial = torch.matmul(a[..., part], b[..., part].mT, out=out)
+        total = _truncate(partial) if total is None else _add(total, partial, accumulation.promote)
     assert total is not None
     return total
 
 
 def _truncate(x: Tensor) -> Tensor:
     return apply_quantizer(x, _ACCUMULATOR)
+
+
+def _add(total: Tensor, partial: Tensor, promote: bool) -> Tensor:
+    """`total` + `partial`, one of them or their sum truncated; `total` may be overwritten."""
+    if not use_c(total, partial):
+        return total + _truncate(partial) if promote else _truncate(total + partial)
+    status = kernel.status()
+    assert status.library is not None
+    plan = kernel.plan(_ACCUMULATOR.format, _ACCUMULATOR.rounding, _ACCUMULATOR.saturate)
+    pointers = status.parallel, total.data_ptr(), partial.data_ptr()
+    status.library.halfulp_accumulate(*pointers, total.numel(), plan, promote)
+    return total
 
 
 def choose_carrier(

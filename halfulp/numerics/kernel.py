@@ -76,6 +76,7 @@ def _load() -> ctypes.CDLL:
         "halfulp_tensor": (None, [pointer] * 3 + [i64, pointer, i32, i32, i32]),
         "halfulp_tiles": (None, [pointer] * 3 + [i64, i64, pointer, i32, i32, i32]),
         "halfulp_adamw": (None, [pointer] * 5 + [i64, pointer, pointer] + [i32] * 5),
+        "halfulp_accumulate": (None, [pointer] * 3 + [i64, pointer, i32]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

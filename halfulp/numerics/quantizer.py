@@ -88,7 +88,8 @@ def parse_quantizer(text: str) -> Quantizer:
     Raises FormatError quoting the word that does not fit and the grammar.
     """
     head, *words = text.replace(" ", "").split(":")
-    name, _, granularity = head.partition("@")
+    name, at, granularity = head.partition("@")
+    _require(granularity or not at, text, head)
     fmt = get_format(name)
     fields: dict = {"format": fmt, "saturate": fmt.saturates or bool(granularity)}
     if granularity:

@@ -200,3 +200,21 @@ void halfulp_tiles(ParallelFor parallel, const float *x, float *y, int64_t rows,
     const int64_t bands = height ? (rows + height - 1) / height : 0;
     spread(parallel, columns ? bands : 0, GRAIN / (columns * height + 1) + 1, tile_range, &job);
 }
+
+typedef struct { float *total; const float *part; const Quantizer *q; int promote; } Sum;
+
+CLONES static void accumulate_range(int64_t begin, int64_t end, const void *context) {
+    const Sum sum = *(const Sum *)context;
+    const Quantizer q = *sum.q;
+    float *total = sum.total;
+    const float *part = sum.part;
+    if (sum.promote) for (int64_t i = begin; i < end; i++) total[i] += wide(part[i], q, TRUNCATE, 0);
+    else for (int64_t i = begin; i < end; i++) total[i] = wide(total[i] + part[i], q, TRUNCATE, 0);
+}
+
+/* The running sum of a GEMM with few fraction bits: part (promote) or the new total is truncated. */
+void halfulp_accumulate(ParallelFor parallel, float *total, const float *part, int64_t n, const Quantizer *q,
+                        int32_t promote) {
+    const Sum sum = {total, part, q, promote};
+    spread(parallel, n, GRAIN, accumulate_range, &sum);
+}

@@ -50,6 +50,9 @@ def round_to(
     Raises FormatError for dtypes other than fp32, bf16, fp16, or when the result does not fit them.
     """
     fmt = get_format(format) if isinstance(format, str) else format
+    if not isinstance(x, Tensor) or not isinstance(fmt, Format):
+        found = f"{type(x).__name__} and {type(fmt).__name__}"
+        raise FormatError(f"round_to takes a tensor and a format or its name; found {found}.")
     check_rounding(rounding, key)
     saturate = fmt.saturates if saturate is None else saturate
     if out is None and x.dtype is torch.float32 and use_c(x) and 0 < x.numel() < 1 << 31 > index:
@@ -72,6 +75,8 @@ def check_rounding(rounding: str, key: Key | Tensor | None) -> None:
         raise FormatError(
             "stochastic rounding needs a key: pass key=Key.of(seed, name).fold(step)."
         )
+    if key is not None and not isinstance(key, Key | Tensor):
+        raise FormatError(f"key= takes Key.of(seed, name); found {type(key).__name__}.")
 
 
 def check_out(out: Tensor, x: Tensor) -> Tensor:

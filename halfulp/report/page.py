@@ -45,10 +45,15 @@ def write_report(
         raise RunError(f"the report is to be written to {out}, which exists. {cure}")
     prices = price_all(read_runs(runs), bar_nats)
     text = render_page(prices, judge_all(prices, bar_nats), title=title, bar_nats=bar_nats)
-    out.parent.mkdir(parents=True, exist_ok=True)
     waiting = out.with_name(f"{out.name}.part")
-    waiting.write_text(text, encoding="utf-8")
-    waiting.replace(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        waiting.write_text(text, encoding="utf-8")
+        waiting.replace(out)
+    except OSError as error:
+        raise RunError(
+            f"the report cannot be written to {out}: {error.strerror or error}. Give another place."
+        ) from error
     return out
 
 
