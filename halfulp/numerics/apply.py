@@ -44,7 +44,7 @@ def apply_quantizer(
     """
     if x.dtype is not torch.float32:
         raise FormatError(f"quantizers work on fp32 tensors; found {x.dtype}. Convert it first.")
-    if x.ndim == 0:
+    if x.ndim == 0 and q.granularity not in ("element", "tensor"):
         raise FormatError("quantizers run along the last axis; one number has none. Reshape it.")
     check_rounding(q.rounding, key)
     if torch.compiler.is_compiling() and x.is_cpu and out is None:

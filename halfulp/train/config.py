@@ -191,7 +191,9 @@ def _check_train(train: TrainSection) -> None:
         _between(f"train.{name}", getattr(train, name), 0.0, 1.0)
     for beta in train.betas:
         if not 0.0 <= beta < 1.0:
-            raise ConfigError(f"train.betas = {beta!r}; each must be at least 0 and below 1.")
+            raise ConfigError(
+                f"train.betas = {beta:g} cannot be used: each is at least 0 and below 1."
+            )
     smallest = math.ulp(0.0)
     _between("train.lr", train.lr, smallest, math.inf)
     _between("train.eps", train.eps, smallest, math.inf)
