@@ -8,6 +8,10 @@ class HalfulpError(Exception):
     """Root of every error whose message is an answer; the CLI prints it and exits with code 2."""
 
 
+class CheckError(HalfulpError):
+    """A model, batch or target that cannot be priced, measured or judged."""
+
+
 class ConfigError(HalfulpError):
     """A configuration value that cannot be used."""
 
