@@ -1,4 +1,4 @@
-"""Formats in a user's words: what `e4m3`, `mxfp8` or a quantizer string mean for `halfulp check`."""
+"""Formats in a user's words: what `e4m3`, `mxfp8` or a quantizer string mean here."""
 
 import difflib
 
