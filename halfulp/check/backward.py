@@ -1,10 +1,12 @@
 """Errors of every GEMM of a training step, forward and backward, predicted and measured per format.
 
-With operands A, B contracted along K and their rounded copies Q(A) = (1 + β_A) A + R_A, where β is
-the shrinkage <e, A>/<A, A> of the rounding error e = Q(A) − A, the error of A Bᵀ is
+Write the rounded copies of operands A, B, contracted along K, as Q(A) = (1 + β_A) A + R_A, where β
+is the shrinkage of the rounding error e = Q(A) − A, with column k weighing as much as the other
+operand gives it: β_A = Σ_k <e, A>_k |B|²_k / Σ_k |A|²_k |B|²_k (sums over rows). The error of A Bᵀ
+is then
 
-    bias     (1 + β_A)(1 + β_B) − 1                     along A Bᵀ itself, and
-    variance Σ_k (1 + β_A)² Σ_i A²_ik Σ_j R_B²_jk + (1 + β_B)² Σ_i R_A²_ik Σ_j B²_jk + R_A² R_B²_k
+    bias     (1 + β_A)(1 + β_B) − 1           along A Bᵀ itself, and
+    variance Σ_k (1 + β_A)² |A|²_k |R_B|²_k + (1 + β_B)² |R_A|²_k |B|²_k + |R_A|²_k |R_B|²_k
 
 in the squared norm, exactly in expectation when the R are independent with zero mean: no product is
 needed, only column sums of squares. The measurement multiplies the rounded operands. What flushes
@@ -202,14 +204,22 @@ class _Watch:
 
 
 class _Rounded(NamedTuple):
-    """An operand, its copy, what the copy shrinks by, and sums over its rows of squares."""
+    """A rounded operand and, over its rows, Σ x², Σ e x and Σ e² (fp64 [..., K])."""
 
-    x: Tensor
     copy: Tensor
-    shrinkage: Tensor  # β
-    energy: Tensor  # Σ x² [..., K]
-    noise: Tensor  # Σ (copy − (1 + β) x)² [..., K]
+    energy: Tensor
+    along: Tensor
+    error: Tensor
     shares: Tensor  # [3]: flushed, flushed energy, saturated
+
+    def shrinkage(self, weights: Tensor) -> Tensor:
+        whole = (self.energy * weights).sum()
+        return torch.where(whole > 0, (self.along * weights).sum() / whole, 0.0)
+
+    def noise(self, shrinkage: Tensor) -> Tensor:
+        """Σ (e − β x)² [..., K]."""
+        left = self.error - 2 * shrinkage * self.along + shrinkage**2 * self.energy
+        return left.clamp_(min=0)
 
 
 def _rounded(x: Tensor, q: Quantizer, key: Key) -> _Rounded:
@@ -218,24 +228,22 @@ def _rounded(x: Tensor, q: Quantizer, key: Key) -> _Rounded:
     n, beyond, nonzero, flushed, energy, lost, _ = quantizer_statistics(x, copy, q).unbind()
     tiny = torch.finfo(torch.float64).tiny
     shares = [flushed / nonzero.clamp(min=1), lost / energy.clamp(min=tiny), beyond / n]
-    x = hadamard(x, q.hadamard) if q.hadamard else x
-    error = (copy - x).double()
-    whole = x.double().square().sum()
-    shrinkage = (error * x).sum() / whole if whole > 0 else torch.zeros_like(whole)
+    exact = (hadamard(x, q.hadamard) if q.hadamard else x).double()
+    error = copy - exact
     return _Rounded(
-        x=x,
         copy=copy,
-        shrinkage=shrinkage,
-        energy=x.double().square().sum(-2),
-        noise=(error - shrinkage * x).square_().sum(-2),
+        energy=exact.square().sum(-2),
+        along=(error * exact).sum(-2),
+        error=error.square().sum(-2),
         shares=torch.stack(shares),
     )
 
 
 def _sums(a: _Rounded, b: _Rounded, y: Tensor, measure: bool) -> Tensor:
     """fp64 [8]: ‖y‖², variance, bias ‖y‖², ‖error‖², <error, y>; then the larger shares."""
-    ga, gb = (1 + side.shrinkage for side in (a, b))
-    variance = ga**2 * a.energy * b.noise + gb**2 * a.noise * b.energy + a.noise * b.noise
+    beta_a, beta_b = a.shrinkage(b.energy), b.shrinkage(a.energy)
+    noise_a, noise_b, ga, gb = a.noise(beta_a), b.noise(beta_b), 1 + beta_a, 1 + beta_b
+    variance = ga**2 * a.energy * noise_b + gb**2 * noise_a * b.energy + noise_a * noise_b
     norm = torch.linalg.vector_norm(y, dtype=torch.float64).square()
     squared = along = torch.full_like(norm, math.nan)
     if measure:

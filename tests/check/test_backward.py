@@ -75,7 +75,7 @@ def test_nothing_is_wrong_in_fp32(errors):
 def test_flushing_is_bias_and_not_variance(errors):
     """Unscaled e4m3 flushes gradients below 2^-10: the products shrink, some to nothing."""
     for which in ("dgrad", "wgrad"):
-        found = [r for r in rows(errors, "e4m3:overflow", which) if r.flushed_energy > 0.05]
+        found = [r for r in rows(errors, "e4m3:overflow", which) if r.flushed_energy > 0.2]
         assert len(found) > 3
         for r in found:
             assert r.biased
