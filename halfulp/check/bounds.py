@@ -229,8 +229,11 @@ def silu(x: Bounded, a: Arithmetic, *, ulps: float = 1.0, out: Arithmetic | None
     moved = SILU_SLOPE * x.error
     error = moved + (value.abs() + moved) * relative + 2 * a.h
     limit = value.abs() + _reach(x) * (1 + a.u) / (1 - a.u) + a.h
+    # Where exp(−x) overflows or saturates, all that is left is x over something huge.
+    vanished = value.abs() + moved + _reach(x) / a.x_max * a.up(3) + a.h
     fits = (1 + z * (1 + u) + a.h) * (1 + a.u) < a.x_max
-    return rounded(guarded(value, torch.minimum(error, limit), fits), out)
+    error = torch.where(fits, torch.minimum(error, limit), vanished)
+    return rounded(guarded(value, error, error.isfinite()), out)
 
 
 def gelu_tanh(
@@ -273,6 +276,21 @@ def condition_layer(x: Tensor) -> Tensor:
     c = x - x.mean(-1, keepdim=True)
     shared = (c * x).abs().sum(-1, keepdim=True) / c.square().sum(-1, keepdim=True)
     return (x.abs() + x.abs().mean(-1, keepdim=True)) / c.abs() + shared
+
+
+def distribution_bounds(half_range: float) -> tuple[float, float]:
+    """(total variation, KL in nats) that logit errors within ± half_range can cause at most.
+
+    tanh(ε/2) and ε²/2; both are attained, the second as ε → 0.
+    """
+    return math.tanh(half_range / 2), half_range**2 / 2
+
+
+def certain_top1(logits: Bounded) -> Tensor:
+    """Whether no error within the bounds can change the largest logit; shape without the last."""
+    top = logits.value.argmax(-1, keepdim=True)
+    reach = (logits.value + logits.error).scatter(-1, top, -math.inf)
+    return (logits.value - logits.error).gather(-1, top)[..., 0] > reach.amax(-1)
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -338,7 +356,8 @@ def _softmax_parts(
     over, under = (1 + a.u) / a.down(n - 1) - 1, 1 - (1 - a.u) / a.up(n - 1)
     divided = (max(over, under) * most + a.h).masked_fill(hidden, 0.0)
     total = torch.exp((shift + widest + z.log()).clamp(max=700.0)) * (1 + a.u * ulps) + n * a.h
-    fits = (total * a.up(n) < a.x_max) & w.isfinite()
+    # A sum that can be 0 divides 0 by 0.
+    fits = (total * a.up(n) < a.x_max) & w.isfinite() & ((sum_low > 0) | hidden)
     if shifted:
         fits = fits & ((below + e + widest) * (1 + a.u) < a.x_max)
     return p, moved, divided, fits
