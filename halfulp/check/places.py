@@ -1,4 +1,4 @@
-"""Where an operation sits in the transformer: its block, its GEMM, and what kind of tensor it makes.
+"""Where an operation sits in the transformer: its block, its GEMM, the kind of tensor it makes.
 
 The block comes from the block map; the kind is carried from operation to operation: what q_proj
 makes is a query until it meets a key in a product.
@@ -37,7 +37,7 @@ class Places:
     def _table(self) -> dict[str, str]:
         """Module path → block, of every module that the block map names."""
         table = {path: gemm.block for path, gemm in self.linear.items()}
-        table |= self.map.embeddings | self.map.norms
+        table |= {**self.map.embeddings, **self.map.norms}
         return table | {path: pair[0].block for path, pair in self.attention.items()}
 
     def block(self, path: str) -> str:

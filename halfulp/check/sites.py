@@ -78,159 +78,23 @@ _ALIASES = {
 _INPLACE = {"imul", "iadd", "isub", "itruediv", "idiv", "ipow", "imatmul"}
 _CASTS = {"to", "type", "float", "half", "bfloat16", "double", "type_as"}
 _EXACT = frozenset(
-    [
-        "view",
-        "view_as",
-        "reshape",
-        "reshape_as",
-        "transpose",
-        "swapaxes",
-        "swapdims",
-        "permute",
-        "movedim",
-        "contiguous",
-        "expand",
-        "expand_as",
-        "broadcast_to",
-        "broadcast_tensors",
-        "squeeze",
-        "unsqueeze",
-        "flatten",
-        "unflatten",
-        "ravel",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "tensor_split",
-        "unbind",
-        "getitem",
-        "setitem",
-        "get",
-        "set",
-        "narrow",
-        "select",
-        "t",
-        "mT",
-        "T",
-        "H",
-        "cat",
-        "concat",
-        "concatenate",
-        "stack",
-        "hstack",
-        "vstack",
-        "repeat",
-        "repeat_interleave",
-        "tile",
-        "clone",
-        "detach",
-        "neg",
-        "negative",
-        "abs",
-        "relu",
-        "relu6",
-        "clamp",
-        "clip",
-        "clamp_min",
-        "clamp_max",
-        "hardtanh",
-        "maximum",
-        "minimum",
-        "max",
-        "min",
-        "amax",
-        "amin",
-        "masked_fill",
-        "masked_scatter",
-        "masked_select",
-        "where",
-        "index_select",
-        "index_put",
-        "index_add",
-        "index_copy",
-        "index_fill",
-        "gather",
-        "scatter",
-        "take",
-        "take_along_dim",
-        "roll",
-        "flip",
-        "triu",
-        "tril",
-        "pad",
-        "dropout",
-        "alpha_dropout",
-        "embedding",
-        "zeros",
-        "ones",
-        "full",
-        "empty",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-        "new_tensor",
-        "zero",
-        "fill",
-        "copy",
-        "arange",
-        "linspace",
-        "eye",
-        "tensor",
-        "as_tensor",
-        "from_numpy",
-        "scalar_tensor",
-        "rand",
-        "randn",
-        "rand_like",
-        "randn_like",
-        "normal",
-        "uniform",
-        "bernoulli",
-        "dropout1d",
-        "feature_dropout",
-        "topk",
-        "sort",
-        "as_strided",
-        "unfold",
-        "diagonal",
-        "diag_embed",
-        "round",
-        "floor",
-        "ceil",
-        "trunc",
-        "sign",
-        "one_hot",
-        "requires_grad_",
-        "requires_grad",
-        "cpu",
-        "cuda",
-        "data",
-        "numpy",
-        "item",
-        "tolist",
-        "nan_to_num",
-        "atleast_1d",
-        "atleast_2d",
-        "retain_grad",
-        "register_hook",
-        "isnan",
-        "isinf",
-        "real",
-        "view_as_real",
-        "lift_fresh",
-        "pin_memory",
-        "alias",
-        "_set_grad_enabled",
-        "set_grad_enabled",
-        "vander",
-        "meshgrid",
-        "lerp_exact",
-    ]
+    word
+    for line in (
+        "view view_as reshape reshape_as transpose swapaxes swapdims permute movedim contiguous",
+        "expand expand_as broadcast_to broadcast_tensors squeeze unsqueeze flatten unflatten ravel",
+        "chunk split split_with_sizes tensor_split unbind getitem setitem get set narrow select",
+        "t mT T H cat concat concatenate stack hstack vstack repeat repeat_interleave tile clone",
+        "detach neg negative abs relu relu6 clamp clip clamp_min clamp_max hardtanh maximum minimum",
+        "max min amax amin masked_fill masked_scatter masked_select where index_select index_put",
+        "index_copy index_fill gather scatter take take_along_dim roll flip triu tril pad dropout",
+        "embedding zeros ones full empty zeros_like ones_like full_like empty_like new_zeros",
+        "new_ones new_full new_empty new_tensor zero fill copy arange linspace eye tensor as_tensor",
+        "from_numpy scalar_tensor rand randn rand_like randn_like normal uniform bernoulli",
+        "alpha_dropout feature_dropout topk sort as_strided unfold diagonal diag_embed round floor",
+        "ceil trunc sign one_hot requires_grad cpu cuda data numpy item tolist nan_to_num",
+        "atleast_1d atleast_2d retain_grad register_hook real alias set_grad_enabled meshgrid",
+    )
+    for word in line.split()
 )
 _GEMM_OPERANDS = {
     "linear": ("x", "w", "b"),
@@ -239,6 +103,14 @@ _GEMM_OPERANDS = {
     "matmul": ("x", "w"),
     "bmm": ("x", "w"),
     "scaled_dot_product_attention": ("q", "k", "v"),
+}
+_KEYWORDS = {
+    "x": ("input", "mat1", "batch1", "self"),
+    "w": ("weight", "mat2", "batch2", "other"),
+    "b": ("bias", "input"),
+    "q": ("query",),
+    "k": ("key",),
+    "v": ("value",),
 }
 _FUSED = {"q": ("qk", "x"), "k": ("qk", "w"), "v": ("pv", "w")}
 
@@ -306,6 +178,8 @@ class Walk(TorchFunctionMode):
             return None
         inputs = _tensors(args, kwargs)
         self.used.update(id(t) for t in inputs if t.is_leaf)
+        if inputs and (inplace or op == "setitem" or "out" in kwargs):
+            self.visitor.writes(kwargs.get("out", inputs[0]))
         if op in _EXACT:
             return self._carry(op, func(*args, **kwargs), args)
         if op in _CASTS:
@@ -348,10 +222,12 @@ class Walk(TorchFunctionMode):
             if out.is_complex():
                 self.unpriced.append(name)
             return out
-        if not exact:
+        if out.layout is not torch.strided:
+            self.unpriced.append(name)
+        elif not exact:
             info = self._info(name, "stored", op, kind, shape=tuple(out.shape))
             out = self.visitor.output(info, out, inputs, inplace)
-        out.__dict__["halfulp_kind"] = kind
+        _set_tag(out, kind)
         return out
 
     def _info(self, name: str, family: str, op: str, kind: str, **fields: Any) -> SiteInfo:
@@ -369,12 +245,12 @@ class Walk(TorchFunctionMode):
         if not kind:
             return out
         if isinstance(out, Tensor):
-            out.__dict__.setdefault("halfulp_kind", kind)
+            _set_tag(out, _tag(out) or kind)
         elif isinstance(out, tuple | list):
             kinds = ("q", "k", "v") if kind == "qkv" and len(out) == 3 else (kind,) * len(out)
             for part, name in zip(out, kinds, strict=True):
                 if isinstance(part, Tensor):
-                    part.__dict__["halfulp_kind"] = name
+                    _set_tag(part, name)
         return out
 
     def _cast(self, op: str, out: Any, args: tuple) -> Any:
@@ -387,7 +263,7 @@ class Walk(TorchFunctionMode):
         kind = _tag(x) or "other"
         info = self._info(name, "cast", "cast", kind, shape=tuple(out.shape))
         out = self.visitor.output(info, out, (x,), False)
-        out.__dict__["halfulp_kind"] = kind
+        _set_tag(out, kind)
         return out
 
     def _operands(self, op, name, gemm, args, kwargs):
@@ -450,6 +326,11 @@ def _tag(x: Tensor) -> str:
     return x.__dict__.get("halfulp_kind", "")
 
 
+def _set_tag(x: Any, kind: str) -> None:
+    if type(x) is Tensor:  # never on a user's parameter
+        x.halfulp_kind = kind
+
+
 def _power_of_two(value: float) -> bool:
     return value != 0 and math.isfinite(value) and abs(math.frexp(value)[0]) == 0.5
 
@@ -469,27 +350,37 @@ def _tensors(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def parameter_sites(model: nn.Module, places: Places) -> dict[str, tuple[SiteInfo, Tensor]]:
-    """Every floating-point parameter and buffer as a stored site, by name; tied ones once."""
-    tensors: dict[str, tuple[SiteInfo, Tensor]] = {}
-    for prefix, named in (
-        ("weight", model.named_parameters()),
-        ("buffer", model.named_buffers()),
-    ):
+@dataclass(frozen=True)
+class Stored:
+    """A parameter or buffer as a site; `transposed`: its output channels are the last axis."""
+
+    info: SiteInfo
+    tensor: Tensor
+    transposed: bool
+
+
+def parameter_sites(model: nn.Module, places: Places) -> dict[int, Stored]:
+    """Every floating-point parameter and buffer as a stored site, by id; tied ones once."""
+    found: dict[int, Stored] = {}
+    for op, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, x in named:
-            if x.is_floating_point() and x.numel():
-                block, kind = places.parameter(name)
-                info = SiteInfo(
-                    name=f"{prefix}:{name}",
-                    family="stored",
-                    module=name.rpartition(".")[0],
-                    op="parameter" if prefix == "weight" else "buffer",
-                    kind=kind if prefix == "weight" else "other",
-                    block=block,
-                    shape=tuple(x.shape),
-                )
-                tensors[info.name] = (info, x)
-    return tensors
+            if not (x.is_floating_point() and x.numel()):
+                continue
+            module = name.rpartition(".")[0]
+            owner = model.get_submodule(module)
+            conv1d = module in places.linear and not isinstance(owner, nn.Linear) and x.ndim == 2
+            block, kind = places.parameter(name)
+            info = SiteInfo(
+                name=f"{'weight' if op == 'parameter' else op}:{name}",
+                family="stored",
+                module=module,
+                op=op,
+                kind=kind if op == "parameter" else "other",
+                block=block,
+                shape=tuple(x.mT.shape if conv1d else x.shape),
+            )
+            found[id(x)] = Stored(info, x, conv1d)
+    return found
 
 
 @contextmanager

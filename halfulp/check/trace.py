@@ -1,0 +1,100 @@
+"""Dtype trace: which sites a real low-precision program rounds, found by running it once.
+
+Only what returns a low-precision dtype is stored in one; fp32 islands (norms, softmax, RoPE) and
+autocast need no rules of their own (spec roundoff §5.1).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfulp.check.measure import TARGETS, program
+from halfulp.check.places import Places
+from halfulp.check.sites import Batch, SiteInfo, Walk, parameter_sites, run
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What `target` rounds, and to which format: names of stored and cast sites."""
+
+    target: str
+    format: str
+    names: frozenset[str]
+    dtypes: Mapping[str, torch.dtype]  # site → dtype of what it holds in the target
+
+
+def trace(
+    model: nn.Module,
+    batch: Batch,
+    target: str,
+    *,
+    hints: Mapping[str, str] | None = None,
+    attention: str = "eager",
+    tokens: int = 8,
+) -> Trace:
+    """The trace of a program of halfulp.check.measure.TARGETS.
+
+    The program runs on the first `tokens` tokens of the first sequence: dtypes do not depend on
+    the length. CheckError for an unknown target.
+    """
+    with program(model, target, attention=attention) as low, torch.no_grad():
+        places = Places(low, hints)
+        tracer = _Tracer()
+        for stored in parameter_sites(low, places).values():
+            tracer.output(stored.info, stored.tensor, (), False)
+        with Walk(low, places, tracer):
+            run(low, small(batch, tokens))
+    word = {torch.bfloat16: "bf16", torch.float16: "fp16"}[TARGETS[target]]
+    return Trace(target=target, format=word, names=frozenset(tracer.names), dtypes=tracer.dtypes)
+
+
+def small(batch: Batch, tokens: int) -> Batch:
+    """The first tokens of the first sequence of token ids [B, T]."""
+    if isinstance(batch, Tensor):
+        return batch[:1, :tokens] if batch.ndim == 2 else batch
+    shape = batch["input_ids"].shape if "input_ids" in batch else None
+
+    def cut(value: Any) -> Any:
+        same = isinstance(value, Tensor) and value.ndim == 2 and value.shape == shape
+        return value[:1, :tokens] if same else value
+
+    same = shape is not None and all(
+        not isinstance(v, Tensor) or v.shape == shape for v in batch.values()
+    )
+    return {name: cut(value) for name, value in batch.items()} if same else batch
+
+
+@dataclass
+class _Tracer:
+    """The visitor that notes dtypes."""
+
+    names: set[str] = field(default_factory=set)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    entering: dict[str, torch.dtype] = field(default_factory=dict)  # operand site → dtype
+
+    def operand(self, infos: tuple[SiteInfo, ...], x: Tensor, transposed: bool) -> Tensor:
+        for info in infos:
+            if info.family == "cast":
+                self.entering[info.name] = x.dtype
+        return x
+
+    def output(
+        self, info: SiteInfo, x: Tensor, inputs: tuple[Tensor, ...], inplace: bool
+    ) -> Tensor:
+        self.dtypes[info.name] = x.dtype
+        narrowed = info.family != "cast" or any(t.dtype.itemsize > x.dtype.itemsize for t in inputs)
+        if x.dtype in _LOW and narrowed:
+            self.names.add(info.name)
+            for operand in "xwbqkv":
+                name = f"{info.name}.{operand}"
+                if self.entering.get(name) in (torch.float32, torch.float64):
+                    self.names.add(name)
+        return x
+
+    def writes(self, x: Tensor) -> None:
+        pass
