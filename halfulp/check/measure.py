@@ -12,17 +12,10 @@ from torch import Tensor, nn
 
 from halfulp.check.places import Places
 from halfulp.check.reference import Distance, Reference, distance, reference_of
-from halfulp.check.sites import (
-    MASKED,
-    Batch,
-    SiteInfo,
-    Walk,
-    kept_positions,
-    parameter_sites,
-    prepare,
-    run,
-)
+from halfulp.check.setup import Batch, kept_positions, prepare, run
+from halfulp.check.sites import MASKED, SiteInfo, Walk, parameter_sites
 from halfulp.check.sums import Rounding
+from halfulp.check.survey import non_finite_error
 from halfulp.errors import CheckError
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.random import Key
@@ -63,7 +56,10 @@ def reference(model: nn.Module, batch: Batch, *, attention: str = "eager") -> Re
     """The logits of `model` in its own precision; CheckError if they are not finite."""
     with prepare(model, attention=attention), torch.no_grad():
         logits = run(model, batch)
-        return reference_of(logits, kept_positions(batch, logits))
+        finite = bool(torch.isfinite(logits).all())
+    if not finite:
+        raise non_finite_error(model, batch, attention=attention)
+    return reference_of(logits, kept_positions(batch, logits))
 
 
 def measure(
@@ -83,7 +79,8 @@ def measure(
     with prepare(model, attention=attention), torch.no_grad():
         places = Places(model, hints)
         rounder = _Rounder({name: Rounding.of(word) for name, word in plan.items()})
-        with rounder.parameters(model, places), Walk(model, places, rounder):
+        walk = Walk(model, places, rounder)
+        with rounder.parameters(model, places), walk:
             logits = run(model, batch)
     rounder.check_used()
     found = distance(ref, logits, kept_positions(batch, logits))
@@ -146,13 +143,13 @@ def program(
 def _cast_copy(model: nn.Module, dtype: torch.dtype, buffers: bool) -> nn.Module:
     low = copy.deepcopy(model)
     for module in low.modules():
-        for name, p in module._parameters.items():
+        for p in module._parameters.values():
             if p is not None and p.is_floating_point() and p.dtype != dtype:
                 p.data = p.data.to(dtype)
+        fixed = set() if buffers else module._non_persistent_buffers_set
         for name, b in module._buffers.items():
-            if b is not None and b.is_floating_point():
-                if buffers or name not in module._non_persistent_buffers_set:
-                    module._buffers[name] = b.to(dtype)
+            if b is not None and b.is_floating_point() and name not in fixed:
+                module._buffers[name] = b.to(dtype)
     return low
 
 

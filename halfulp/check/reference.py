@@ -64,7 +64,7 @@ def reference_of(logits: Tensor, keep: Tensor | None = None) -> Reference:
     if not bool(torch.isfinite(rows).all()):
         raise CheckError(
             "the reference run gives logits with NaN or inf, so there is nothing to compare with. "
-            "Find the first tensor that is not finite with halfulp.check.detect.first_non_finite."
+            "Find the first tensor that is not finite with halfulp.check.survey.survey."
         )
     entropy = sum((-(lp := log_softmax(a)).exp() * lp).sum().item() for a in rows.split(_ROWS))
     top = rows.topk(min(ALTERNATIVES, rows.shape[-1]), -1).values.double()

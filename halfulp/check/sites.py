@@ -16,8 +16,7 @@ nothing new: they are no sites.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,12 +25,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from halfulp.check.places import PRODUCTS, Places
-from halfulp.errors import CheckError
 
 MASKED = -1e8
 """Values at most this large belong to an additive mask: no format rounds or scales them."""
-
-Batch = Tensor | Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +52,7 @@ class SiteInfo:
 
 
 class Visitor(Protocol):
-    """What a walk calls; both methods return the tensor that the program goes on with."""
+    """What a walk calls; operand and output return the tensor that the program goes on with."""
 
     def operand(self, infos: tuple[SiteInfo, ...], x: Tensor, transposed: bool) -> Tensor:
         """`x` enters a GEMM; `transposed`: its K is the axis before the last."""
@@ -66,6 +62,10 @@ class Visitor(Protocol):
         self, info: SiteInfo, x: Tensor, inputs: tuple[Tensor, ...], inplace: bool
     ) -> Tensor:
         """`x` is what an operation made, or what a cast (family "cast") returned."""
+        ...
+
+    def writes(self, x: Tensor) -> None:
+        """An operation is about to write into `x`."""
         ...
 
 
@@ -81,18 +81,19 @@ _EXACT = frozenset(
     word
     for line in (
         "view view_as reshape reshape_as transpose swapaxes swapdims permute movedim contiguous",
-        "expand expand_as broadcast_to broadcast_tensors squeeze unsqueeze flatten unflatten ravel",
-        "chunk split split_with_sizes tensor_split unbind getitem setitem get set narrow select",
-        "t mT T H cat concat concatenate stack hstack vstack repeat repeat_interleave tile clone",
-        "detach neg negative abs relu relu6 clamp clip clamp_min clamp_max hardtanh maximum minimum",
-        "max min amax amin masked_fill masked_scatter masked_select where index_select index_put",
-        "index_copy index_fill gather scatter take take_along_dim roll flip triu tril pad dropout",
-        "embedding zeros ones full empty zeros_like ones_like full_like empty_like new_zeros",
-        "new_ones new_full new_empty new_tensor zero fill copy arange linspace eye tensor as_tensor",
-        "from_numpy scalar_tensor rand randn rand_like randn_like normal uniform bernoulli",
-        "alpha_dropout feature_dropout topk sort as_strided unfold diagonal diag_embed round floor",
-        "ceil trunc sign one_hot requires_grad cpu cuda data numpy item tolist nan_to_num",
-        "atleast_1d atleast_2d retain_grad register_hook real alias set_grad_enabled meshgrid",
+        "expand expand_as broadcast_to broadcast_tensors squeeze unsqueeze flatten unflatten",
+        "ravel chunk split split_with_sizes tensor_split unbind getitem setitem get set narrow",
+        "select t mT T H cat concat concatenate stack hstack vstack repeat repeat_interleave",
+        "tile clone detach neg negative abs relu relu6 clamp clip clamp_min clamp_max hardtanh",
+        "maximum minimum max min amax amin masked_fill masked_scatter masked_select where",
+        "index_select index_put index_copy index_fill gather scatter take take_along_dim roll",
+        "flip triu tril pad dropout embedding zeros ones full empty zeros_like ones_like",
+        "full_like empty_like new_zeros new_ones new_full new_empty new_tensor zero fill copy",
+        "arange linspace eye tensor as_tensor from_numpy scalar_tensor rand randn rand_like",
+        "randn_like normal uniform bernoulli alpha_dropout feature_dropout topk sort as_strided",
+        "unfold diagonal diag_embed round floor ceil trunc sign one_hot requires_grad cpu cuda",
+        "data numpy item tolist nan_to_num atleast_1d atleast_2d retain_grad register_hook real",
+        "alias set_grad_enabled meshgrid",
     )
     for word in line.split()
 )
@@ -139,6 +140,7 @@ class Walk(TorchFunctionMode):
     lift_no_grad: bool = False
     infos: dict[str, SiteInfo] = field(default_factory=dict)
     unpriced: list[str] = field(default_factory=list)
+    masked: list[str] = field(default_factory=list)  # additions of a mask: exact, no sites
     used: set[int] = field(default_factory=set)  # ids of the tensors that operations read
 
     def __post_init__(self) -> None:
@@ -146,6 +148,8 @@ class Walk(TorchFunctionMode):
         self._paths: list[str] = [""]
         self._counts: Counter[tuple[str, str]] = Counter()
         self._masks: dict[tuple, bool] = {}
+        # Decided here, on the model as it is given: a visitor may round the gains.
+        self._plain_gains = {id(p) for p in self.model.parameters() if _all_powers(p)}
         self._handles: list[Any] = []
 
     def __enter__(self):
@@ -197,7 +201,7 @@ class Walk(TorchFunctionMode):
         name = f"{path}:{op}#{index}"
         if op in _GEMM_OPERANDS:
             args, kwargs = self._operands(op, name, gemm, args, kwargs)
-        exact = self._stores_nothing(op, args, inputs)
+        exact = self._stores_nothing(op, name, args, inputs)
         out = func(*args, **kwargs)
         tags = [tag for t in inputs if (tag := _tag(t))]
         kind = self.places.kind(path, op, tags, gemm)
@@ -301,18 +305,19 @@ class Walk(TorchFunctionMode):
             infos.append(info)
         return tuple(infos)
 
-    def _stores_nothing(self, op: str, args: tuple, inputs: tuple[Tensor, ...]) -> bool:
+    def _stores_nothing(self, op: str, name: str, args: tuple, inputs: tuple[Tensor, ...]) -> bool:
         """Whether the operation is exact: powers of two as factors, or an additive mask."""
         if op in ("mul", "div"):
             numbers = args[1:] if op == "div" else args
             if any(isinstance(a, int | float) and _power_of_two(a) for a in numbers):
                 return True
-            return any(isinstance(a, nn.Parameter) and _all_powers(a) for a in numbers)
+            return any(id(a) in self._plain_gains for a in numbers)
         if op == "add":
             tags = [_tag(t) for t in inputs]
-            return "scores" in tags and any(
-                self._is_mask(t) for t, tag in zip(inputs, tags, strict=True) if tag != "scores"
-            )
+            masks = [t for t, tag in zip(inputs, tags, strict=True) if tag != "scores"]
+            if "scores" in tags and any(map(self._is_mask, masks)):
+                self.masked.append(name)
+                return True
         return False
 
     def _is_mask(self, t: Tensor) -> bool:
@@ -328,7 +333,7 @@ def _tag(x: Tensor) -> str:
 
 def _set_tag(x: Any, kind: str) -> None:
     if type(x) is Tensor:  # never on a user's parameter
-        x.halfulp_kind = kind
+        x.__setattr__("halfulp_kind", kind)
 
 
 def _power_of_two(value: float) -> bool:
@@ -381,77 +386,3 @@ def parameter_sites(model: nn.Module, places: Places) -> dict[int, Stored]:
             )
             found[id(x)] = Stored(info, x, conv1d)
     return found
-
-
-@contextmanager
-def prepare(model: nn.Module, *, attention: str = "eager") -> Iterator[nn.Module]:
-    """The model in eval mode, with `attention` and without a cache; all restored on exit.
-
-    "eager" exposes scores and probabilities as sites; with "sdpa" they live in registers and are
-    none. Raises CheckError for compiled, scripted, quantized and half-precision models.
-    """
-    _refuse(model)
-    modes = [(module, module.training) for module in model.modules()]
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before: list[tuple[Any, str, Any]] = []
-    for config in configs.values():
-        for name, value in (("_attn_implementation", attention), ("use_cache", False)):
-            if hasattr(config, name):
-                before.append((config, name, getattr(config, name)))
-                setattr(config, name, value)
-    model.eval()
-    try:
-        yield model
-    finally:
-        for config, name, value in before:
-            setattr(config, name, value)
-        for module, mode in modes:
-            module.training = mode
-
-
-def _refuse(model: nn.Module) -> None:
-    what = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        raise CheckError(
-            f"{what} is compiled or scripted: its operations cannot be seen. Give the eager module "
-            "(model._orig_mod of a model from torch.compile)."
-        )
-    if getattr(model, "halfulp", None) is not None:
-        raise CheckError(
-            f"{what} is quantized already. Call halfulp.unquantize(model) first, or measure it "
-            "with halfulp.check.measure."
-        )
-    for name, p in (*model.named_parameters(), *model.named_buffers()):
-        if p.is_floating_point() and p.dtype not in (torch.float32, torch.float64):
-            raise CheckError(
-                f"{name} of {what} is {p.dtype}: a low-precision model is no reference. "
-                "Give an fp32 copy: copy.deepcopy(model).float()."
-            )
-
-
-def run(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits [..., V] of the model for token ids, or for the keyword arguments in a mapping.
-
-    Raises CheckError when the model returns something else.
-    """
-    out = model(**batch) if isinstance(batch, Mapping) else model(batch)
-    logits = getattr(out, "logits", None)
-    if logits is None:
-        logits = out[0] if isinstance(out, tuple | list) else out
-    if not isinstance(logits, Tensor) or logits.ndim < 2 or not logits.is_floating_point():
-        found = f"{type(out).__name__}" + (
-            f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
-        )
-        raise CheckError(
-            f"{type(model).__name__} must return logits [..., V] or an object with .logits; "
-            f"found {found}. Wrap the model so that it returns its logits."
-        )
-    return logits
-
-
-def kept_positions(batch: Batch, logits: Tensor) -> Tensor | None:
-    """Positions that count, bool [...]: those an attention mask keeps; None where all do."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1] and not bool(mask.all()):
-        return mask.bool()
-    return None

@@ -65,7 +65,9 @@ class Sums:
 
     @classmethod
     def zeros(cls, formats: int) -> "Sums":
-        return cls(*(torch.zeros(formats, dtype=torch.float64) for _ in range(7)))
+        new = (torch.zeros(formats, dtype=torch.float64) for _ in range(7))
+        elements, rows, total, stochastic, ex, saturated, flushed = new
+        return cls(elements, rows, total, stochastic, ex, saturated, flushed)
 
 
 def tensor_scales(roundings: Sequence[Rounding], amax: Tensor) -> list[Tensor | None]:
@@ -126,7 +128,7 @@ def error_sums(
                 y = round_part(x32, r, scales_of[i], out)
             if full:
                 _add_ranges(sums, i, r, x32, y, scales_of[i])
-            p = y.sub_(xs) if y.dtype == xs.dtype else y.to(xs.dtype).sub_(xs)
+            p = y.to(xs.dtype).sub_(xs)
             if full:
                 sums.ex[i] += torch.dot(p.view(-1), xs.view(-1)).item()
             _add_products(sums, i, p.mul_(gs), start)

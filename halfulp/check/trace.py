@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from halfulp.check.measure import TARGETS, program
 from halfulp.check.places import Places
-from halfulp.check.sites import Batch, SiteInfo, Walk, parameter_sites, run
+from halfulp.check.setup import Batch, run
+from halfulp.check.sites import SiteInfo, Walk, parameter_sites
 
 _LOW = (torch.bfloat16, torch.float16)
 

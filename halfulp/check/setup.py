@@ -1,0 +1,87 @@
+"""A model made ready to be looked at, run on a batch, and given back as it was."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfulp.errors import CheckError
+
+Batch = Tensor | Mapping[str, Any]
+"""Token ids, or the keyword arguments of the model."""
+
+
+@contextmanager
+def prepare(model: nn.Module, *, attention: str = "eager") -> Iterator[nn.Module]:
+    """The model in eval mode, with `attention` and without a cache; all restored on exit.
+
+    "eager" exposes scores and probabilities as sites; with "sdpa" they live in registers and are
+    none. Raises CheckError for compiled, scripted, quantized and half-precision models.
+    """
+    _refuse(model)
+    modes = [(module, module.training) for module in model.modules()]
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before: list[tuple[Any, str, Any]] = []
+    for config in configs.values():
+        for name, value in (("_attn_implementation", attention), ("use_cache", False)):
+            if hasattr(config, name):
+                before.append((config, name, getattr(config, name)))
+                setattr(config, name, value)
+    model.eval()
+    try:
+        yield model
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _refuse(model: nn.Module) -> None:
+    what = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise CheckError(
+            f"{what} is compiled or scripted: its operations cannot be seen. Give the eager module "
+            "(model._orig_mod of a model from torch.compile)."
+        )
+    if getattr(model, "halfulp", None) is not None:
+        raise CheckError(
+            f"{what} is quantized already. Call halfulp.unquantize(model) first, or measure it "
+            "with halfulp.check.measure."
+        )
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
+        if p.is_floating_point() and p.dtype not in (torch.float32, torch.float64):
+            raise CheckError(
+                f"{name} of {what} is {p.dtype}: a low-precision model is no reference. "
+                "Give an fp32 copy: copy.deepcopy(model).float()."
+            )
+
+
+def run(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits [..., V] of the model for token ids, or for the keyword arguments in a mapping.
+
+    Raises CheckError when the model returns something else.
+    """
+    out = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    logits = getattr(out, "logits", None)
+    if logits is None:
+        logits = out[0] if isinstance(out, tuple | list) else out
+    if not isinstance(logits, Tensor) or logits.ndim < 2 or not logits.is_floating_point():
+        found = f"{type(out).__name__}" + (
+            f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
+        )
+        raise CheckError(
+            f"{type(model).__name__} must return logits [..., V] or an object with .logits; "
+            f"found {found}. Wrap the model so that it returns its logits."
+        )
+    return logits
+
+
+def kept_positions(batch: Batch, logits: Tensor) -> Tensor | None:
+    """Positions that count, bool [...]: those an attention mask keeps; None where all do."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1] and not bool(mask.all()):
+        return mask.bool()
+    return None
