@@ -18,45 +18,62 @@ INLINE float load(const void *x, int64_t i, int half) {
     return half ? float_of((uint32_t)((const uint16_t *)x)[i] << 16) : ((const float *)x)[i];
 }
 
-INLINE void steps(const Job *job, const Quantizer q, const Scalars s, int rounding, int p16, int g16,
-                  int64_t begin, uint32_t n, const uint32_t *random) {
-    float *restrict m = job->m + begin, *restrict v = job->v + begin;
-    for (uint32_t i = 0; i < n; i++) {
-        float g = load(job->g, begin + i, g16), p = load(job->p, begin + i, p16);
-        float mean = m[i] + (g - m[i]) * s.one_minus_beta1;
-        float square = v[i] * s.beta2 + (g * g) * s.one_minus_beta2;
-        float next = p * s.decay - mean / (sqrtf(square) * s.correction + s.eps) * s.lr;
-        m[i] = mean;
-        v[i] = square;
-        if (rounding != KEEP) next = wide(next, q, rounding, rounding == STOCHASTIC ? random[i] : 0);
-        if (p16) ((uint16_t *)job->p)[begin + i] = (uint16_t)(bits_of(next) >> 16);
-        else ((float *)job->p)[begin + i] = next;
+INLINE void step_one(const Job *job, const Quantizer q, const Scalars s, int rounding, int p16, int g16,
+                     int64_t i, uint32_t random) {
+    float g = load(job->g, i, g16), p = load(job->p, i, p16);
+    float mean = job->m[i] + (g - job->m[i]) * s.one_minus_beta1;
+    float square = job->v[i] * s.beta2 + (g * g) * s.one_minus_beta2;
+    float next = p * s.decay - mean / (sqrtf(square) * s.correction + s.eps) * s.lr;
+    job->m[i] = mean;
+    job->v[i] = square;
+    if (rounding != KEEP) next = wide(next, q, rounding, random);
+    if (p16) ((uint16_t *)job->p)[i] = (uint16_t)(bits_of(next) >> 16);
+    else ((float *)job->p)[i] = next;
+}
+
+/* Elements from `begin` on that are done in one loop; returns how many. */
+INLINE uint32_t steps(const Job *job, const Quantizer q, const Scalars s, int rounding, int p16, int g16,
+                      int64_t begin, int64_t left) {
+    const uint32_t index = job->index + (uint32_t)begin;
+    if (rounding != STOCHASTIC) {
+        const uint32_t n = left < 1 << 30 ? (uint32_t)left : 1 << 30;
+        IVDEP for (uint32_t i = 0; i < n; i++) step_one(job, q, s, rounding, p16, g16, begin + i, 0);
+        return n;
     }
+    uint32_t n = run(index, left);
+    if (!n) {
+        n = ragged(index, left);
+        IVDEP for (uint32_t i = 0; i < n; i++)
+            step_one(job, q, s, rounding, p16, g16, begin + i, word(index + i, job->k0, job->k1));
+        return n;
+    }
+    const Stream stream = stream_at(index, job->k0, job->k1);
+    for (uint32_t b = 0; b < n; b += LANES) {
+        const uint32_t block = block_at(&stream, b);
+        IVDEP for (uint32_t i = 0; i < LANES; i++)
+            step_one(job, q, s, rounding, p16, g16, begin + b + i, mixed(block + stream.lanes[i], stream.k1));
+    }
+    return n;
 }
 
 /* One instantiation per pair of types, so that the loop has no branch. */
-INLINE void typed(const Job *job, const Quantizer q, const Scalars s, int rounding, int64_t begin, uint32_t n,
-                  const uint32_t *random) {
-    if (job->p16 && job->g16) steps(job, q, s, rounding, 1, 1, begin, n, random);
-    else if (job->p16) steps(job, q, s, rounding, 1, 0, begin, n, random);
-    else if (job->g16) steps(job, q, s, rounding, 0, 1, begin, n, random);
-    else steps(job, q, s, rounding, 0, 0, begin, n, random);
+INLINE uint32_t typed(const Job *job, const Quantizer q, const Scalars s, int rounding, int64_t begin, int64_t left) {
+    if (job->p16 && job->g16) return steps(job, q, s, rounding, 1, 1, begin, left);
+    if (job->p16) return steps(job, q, s, rounding, 1, 0, begin, left);
+    if (job->g16) return steps(job, q, s, rounding, 0, 1, begin, left);
+    return steps(job, q, s, rounding, 0, 0, begin, left);
 }
 
 CLONES static void adamw_range(int64_t begin, int64_t end, const void *context) {
     const Job job = *(const Job *)context;
     const Quantizer none = {0}, q = job.q ? *job.q : none;
     const Scalars s = *job.s;
-    const int rounding = job.q ? q.rounding : KEEP;
-    uint32_t random[PIECE];
     while (begin < end) {
-        const uint32_t index = job.index + (uint32_t)begin, n = piece(index, end - begin);
-        if (rounding == STOCHASTIC) words(random, n, index, job.k0, job.k1);
-        if (rounding == STOCHASTIC) typed(&job, q, s, STOCHASTIC, begin, n, random);
-        else if (rounding == NEAREST) typed(&job, q, s, NEAREST, begin, n, random);
-        else if (rounding == TRUNCATE) typed(&job, q, s, TRUNCATE, begin, n, random);
-        else typed(&job, q, s, KEEP, begin, n, random);
-        begin += n;
+        const int64_t left = end - begin;
+        if (!job.q) begin += typed(&job, q, s, KEEP, begin, left);
+        else if (q.rounding == STOCHASTIC) begin += typed(&job, q, s, STOCHASTIC, begin, left);
+        else if (q.rounding == NEAREST) begin += typed(&job, q, s, NEAREST, begin, left);
+        else begin += typed(&job, q, s, TRUNCATE, begin, left);
     }
 }
 

@@ -2,13 +2,16 @@
 
 #include "round.h"
 
+INLINE float one(float x, const Quantizer q, int rounding, int kind, int scaled, float s, float inverse,
+                 uint32_t random) {
+    float r = rounded(scaled ? x * s : x, q, rounding, kind, random);
+    return scaled ? r * inverse : r;
+}
+
 INLINE void span(const float *x, float *y, uint32_t n, const Quantizer q, int rounding, int kind,
                  int scaled, float s, float inverse, const uint32_t *random) {
-    for (uint32_t i = 0; i < n; i++) {
-        float v = scaled ? x[i] * s : x[i];
-        float r = rounded(v, q, rounding, kind, rounding == STOCHASTIC ? random[i] : 0);
-        y[i] = scaled ? r * inverse : r;
-    }
+    IVDEP for (uint32_t i = 0; i < n; i++)
+        y[i] = one(x[i], q, rounding, kind, scaled, s, inverse, rounding == STOCHASTIC ? random[i] : 0);
 }
 
 /* One instantiation per rounding, so that the loop has no branch. */
@@ -17,6 +20,16 @@ INLINE void spans(const float *x, float *y, uint32_t n, const Quantizer q, int k
     if (q.rounding == NEAREST) span(x, y, n, q, NEAREST, kind, scaled, s, inverse, random);
     else if (q.rounding == STOCHASTIC) span(x, y, n, q, STOCHASTIC, kind, scaled, s, inverse, random);
     else span(x, y, n, q, TRUNCATE, kind, scaled, s, inverse, random);
+}
+
+/* Stochastic, n whole blocks: every word is used where it is made. */
+INLINE void blocks(const float *x, float *y, uint32_t n, const Quantizer q, int kind, int scaled, float s,
+                   float inverse, const Stream *stream) {
+    for (uint32_t b = 0; b < n; b += LANES) {
+        const uint32_t block = block_at(stream, b);
+        IVDEP for (uint32_t i = 0; i < LANES; i++)
+            y[b + i] = one(x[b + i], q, STOCHASTIC, kind, scaled, s, inverse, mixed(block + stream->lanes[i], stream->k1));
+    }
 }
 
 INLINE uint32_t largest_bits(const float *x, int64_t n) {
@@ -84,20 +97,37 @@ typedef struct {
     uint32_t k0, k1, index, *amax; float s, inverse, global;
 } Job;
 
+/* One element per index: a run of blocks, a ragged end, or without random words everything. */
+INLINE uint32_t stretch(const Job *job, const Quantizer q, int kind, int scaled, int64_t begin, int64_t left) {
+    const float *x = job->x + begin;
+    float *y = job->y + begin;
+    const uint32_t index = job->index + (uint32_t)begin;
+    if (q.rounding != STOCHASTIC) {
+        const uint32_t n = left < 1 << 30 ? (uint32_t)left : 1 << 30;
+        spans(x, y, n, q, kind, scaled, job->s, job->inverse, 0);
+        return n;
+    }
+    uint32_t random[LANES], n = run(index, left);
+    if (n) {
+        const Stream stream = stream_at(index, job->k0, job->k1);
+        blocks(x, y, n, q, kind, scaled, job->s, job->inverse, &stream);
+        return n;
+    }
+    n = ragged(index, left);
+    words(random, n, index, job->k0, job->k1);
+    span(x, y, n, q, STOCHASTIC, kind, scaled, job->s, job->inverse, random);
+    return n;
+}
+
 CLONES static void round_range(int64_t begin, int64_t end, const void *context) {
     const Job job = *(const Job *)context;
     const Quantizer q = *job.q;
-    uint32_t random[PIECE];
     while (begin < end) {
-        const uint32_t index = job.index + (uint32_t)begin, n = piece(index, end - begin);
-        const float *x = job.x + begin;
-        float *y = job.y + begin;
-        if (q.rounding == STOCHASTIC) words(random, n, index, job.k0, job.k1);
-        if (q.scale != NONE) spans(x, y, n, q, SATURATE, 1, job.s, job.inverse, random);
-        else if (q.kind == WIDE) spans(x, y, n, q, WIDE, 0, 1, 1, random);
-        else if (q.kind == SATURATE) spans(x, y, n, q, SATURATE, 0, 1, 1, random);
-        else spans(x, y, n, q, OVERFLOW, 0, 1, 1, random);
-        begin += n;
+        const int64_t left = end - begin;
+        if (q.scale != NONE) begin += stretch(&job, q, SATURATE, 1, begin, left);
+        else if (q.kind == WIDE) begin += stretch(&job, q, WIDE, 0, begin, left);
+        else if (q.kind == SATURATE) begin += stretch(&job, q, SATURATE, 0, begin, left);
+        else begin += stretch(&job, q, OVERFLOW, 0, begin, left);
     }
 }
 

@@ -15,6 +15,13 @@
 #define CLONES
 #endif
 
+/* Of a loop whose tensors are the same one or do not overlap. */
+#if defined(__clang__)
+#define IVDEP _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define IVDEP _Pragma("GCC ivdep")
+#endif
+
 enum { NEAREST, STOCHASTIC, TRUNCATE };
 enum { OVERFLOW, SATURATE, WIDE }; /* kind of loop: what the compiler may assume of the format */
 enum { NONE, GIVEN, CURRENT, POWER_OF_TWO, E8M0_UP, E8M0_FLOOR, NVFP4 };
@@ -45,57 +52,71 @@ INLINE uint32_t word(uint32_t index, uint32_t k0, uint32_t k1) {
     return mixed((x ^ x >> 17) * FIRST, k1);
 }
 
-#define LANES 128
+#define LANES 256
 
-/* `word` of n indices from `index` on. Between two multiples of 2^17, x >> 17 is one number for all
- * of them; and an aligned block of indices differs in low bits only, which no xor carries out of:
- * the first product is then a sum of one number per block and one per lane. */
-INLINE void words(uint32_t *out, uint32_t n, uint32_t index, uint32_t k0, uint32_t k1) {
+/* The words of consecutive indices, LANES at a time. Between two multiples of 2^17, x >> 17 is one
+ * number for all of them; and an aligned block of indices differs in low bits only, which no xor
+ * carries out of: the first product is then a sum of one number per block and one per lane. */
+typedef struct { uint32_t flip, k0, k1, index, lanes[LANES]; } Stream;
+
+INLINE Stream stream_at(uint32_t index, uint32_t k0, uint32_t k1) {
     const uint32_t key = k0 ^ (index ^ k0) >> 17, low = key % LANES;
-    uint32_t lanes[LANES], i = 0;
-    if (index % LANES == 0 && (index ^ (index + n - 1)) >> 17 == 0) {
-        for (uint32_t lane = 0; lane < LANES; lane++) lanes[lane] = (lane ^ low) * FIRST;
-        for (; i + LANES <= n; i += LANES) {
-            const uint32_t block = ((index + i) ^ (key - low)) * FIRST;
-            uint32_t *at = out + i;
-            for (uint32_t lane = 0; lane < LANES; lane++) at[lane] = mixed(block + lanes[lane], k1);
-        }
-    }
-    for (; i < n; i++) out[i] = word(index + i, k0, k1);
+    Stream stream = {key - low, k0, k1, index, {0}};
+    for (uint32_t lane = 0; lane < LANES; lane++) stream.lanes[lane] = (lane ^ low) * FIRST;
+    return stream;
 }
 
-/* Loops over many elements make their random words in pieces that end at multiples of this index. */
-#define PIECE 512
-INLINE uint32_t piece(uint32_t index, int64_t left) {
-    const uint32_t n = PIECE - index % PIECE;
+INLINE uint32_t block_at(const Stream *stream, uint32_t i) { return ((stream->index + i) ^ stream->flip) * FIRST; }
+
+/* Indices from `index` on that one Stream serves: whole blocks up to a multiple of 2^17, or 0. */
+INLINE uint32_t run(uint32_t index, int64_t left) {
+    const uint32_t n = (1u << 17) - index % (1u << 17);
+    return index % LANES ? 0 : (left < n ? (uint32_t)left : n) / LANES * LANES;
+}
+
+/* Indices to the next block, where `run` is 0. */
+INLINE uint32_t ragged(uint32_t index, int64_t left) {
+    const uint32_t n = LANES - index % LANES;
     return left < n ? (uint32_t)left : n;
+}
+
+INLINE void words(uint32_t *out, uint32_t n, uint32_t index, uint32_t k0, uint32_t k1) {
+    for (uint32_t i = 0, m; i < n; i += m, index += m)
+        if ((m = run(index, n - i))) {
+            const Stream stream = stream_at(index, k0, k1);
+            for (uint32_t b = 0; b < m; b += LANES)
+                IVDEP for (uint32_t lane = 0; lane < LANES; lane++)
+                    out[i + b + lane] = mixed(block_at(&stream, b) + stream.lanes[lane], k1);
+        } else {
+            m = ragged(index, n - i);
+            for (uint32_t j = 0; j < m; j++) out[i + j] = word(index + j, k0, k1);
+        }
 }
 
 /* Formats with fewer than 8 exponent bits. (a + c) - c rounds a to the grid in one fp32 addition;
  * stochastic rounding then moves that result by one step with probability |error| / step. */
 INLINE float narrow(float x, const Quantizer q, int rounding, int saturate, uint32_t random) {
-    uint32_t u = bits_of(x), sign = u & 0x80000000u;
-    float whole = float_of(u ^ sign);
+    float whole = __builtin_fabsf(x);
     float a = q.cap < whole ? q.cap : whole; /* written so that NaN stays */
-    int32_t e = (int32_t)(u & 0x7f800000u), least = (q.smallest_exponent + 127) << 23;
-    int32_t most = (int32_t)(bits_of(q.cap) & 0x7f800000u);
-    e = e < most ? e : most;
+    /* Scaled, a has the exponent of c; and the compiler keeps one min instead of two. */
+    float scaled = a * float_of((uint32_t)(150 - q.mantissa_bits) << 23);
+    int32_t e = (int32_t)(bits_of(scaled) & 0x7f800000u), least = (q.smallest_exponent + 150 - q.mantissa_bits) << 23;
     e = e > least ? e : least;
-    float c = float_of((uint32_t)e + ((uint32_t)(23 - q.mantissa_bits) << 23));
-    uint32_t step = (uint32_t)e - ((uint32_t)q.mantissa_bits << 23);
+    float c = float_of((uint32_t)e);
+    uint32_t step = (uint32_t)e - (23u << 23);
     float r = (a + c) - c;
     if (rounding == STOCHASTIC) {
         float error = a - r;
         float threshold = float_of(step | random >> 9 | 1u) - float_of(step); /* (k + 1/2) 2^-22 step */
-        float move = float_of(step | (bits_of(error) & 0x80000000u));
-        r = float_of(bits_of(error) & 0x7fffffffu) > threshold ? r + move : r;
+        float move = __builtin_copysignf(float_of(step), error);
+        r = __builtin_fabsf(error) > threshold ? r + move : r;
     }
     if (rounding == TRUNCATE) {
         r = r > a ? r - float_of(step) : r;
         r = r > q.largest && whole < INFINITY ? q.largest : r;
     }
     if (!saturate) r = r > q.largest ? q.overflow : r;
-    return float_of(bits_of(r) | sign);
+    return __builtin_copysignf(r, x);
 }
 
 /* Formats with fp32's exponent range: integer arithmetic on the discarded bits. */

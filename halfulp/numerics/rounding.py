@@ -55,8 +55,13 @@ def round_to(
         raise FormatError(f"round_to takes a tensor and a format or its name; found {found}.")
     check_rounding(rounding, key)
     saturate = fmt.saturates if saturate is None else saturate
-    if out is None and x.dtype is torch.float32 and use_c(x) and 0 < x.numel() < 1 << 31 > index:
-        result = torch.empty_like(x)
+    if (
+        x.dtype is torch.float32
+        and use_c(x)
+        and 0 < x.numel() < 1 << 31 > index
+        and (out is None or use_c(out))
+    ):
+        result = torch.empty_like(x) if out is None else check_out(out, x)
         _round_c(x, result, fmt, rounding, saturate, key, index)
         return result
     _check_dtype(x, fmt)
