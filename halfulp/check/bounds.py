@@ -252,6 +252,7 @@ def gelu_tanh(
     factor = 1 + torch.tanh(_gelu_argument(x.value + x.error))
     own = (t_error + a.u * (factor + t_error)) * a.up(2) + a.growth(2) * factor
     error = GELU_SLOPE * x.error + 0.5 * reach * own + 2 * a.h
+    error = torch.minimum(error, value.abs() + reach * a.up(3) + 2 * a.h)
     fits = reach**3 * a.up(2) < a.x_max
     fits = fits & ((line + cubic + z_error) < a.x_max)
     return rounded(guarded(value, error, fits), out)
@@ -320,12 +321,14 @@ def _eps_h(eps: float, a: Arithmetic) -> float:
 
 
 def _overshoot(low: Tensor, high: Tensor, n: int, eps: float, a: Arithmetic) -> Tensor:
-    """Bound of r / computed r over rms values in [low, high]: inf where underflow may strike."""
+    """Bound of r / computed r over rms values in [low, high]; inf if it can be 0 / 0."""
+    vanishing = a.h + a.h / a.down(n + 1)  # a mean square that underflow can wipe out
     ratios = []
     for rms in (low, high):
-        mean = (rms.square() - a.h) * a.down(n + 1) - a.h
+        square = rms.square().clamp(min=vanishing)
+        mean = ((square - a.h) * a.down(n + 1) - a.h).clamp(min=0)
         least = ((mean + eps) * (1 - a.u) - _eps_h(eps, a)).clamp(min=0).sqrt() * (1 - a.u)
-        ratios.append((rms.square() + eps).sqrt() / torch.where(mean < 0, 0.0, least))
+        ratios.append((square + eps).sqrt() / least)
     return torch.maximum(*ratios).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
@@ -343,11 +346,10 @@ def _softmax_parts(
         w = w + a.u * (below + e + widest)
     z = torch.exp(scores - top).sum(-1, keepdim=True)
     p = torch.exp(scores - top) / z
-    shift = torch.zeros_like(top) if shifted else top
     # An exponential that underflows is off by h, whatever it is; relative to their sum:
-    flushed = a.h / z * torch.exp((widest if shifted else widest - shift).clamp(max=700.0))
+    flushed = a.h / z * torch.exp(widest if shifted else widest - top)
     flushed = torch.where(hidden, 0.0, flushed)
-    high = p * torch.exp(w.clamp(max=700.0)) + flushed
+    high = p * torch.exp(w) + flushed
     low = (p * torch.exp(-w) - flushed).clamp(min=0)
     sum_high, sum_low = high.sum(-1, keepdim=True), low.sum(-1, keepdim=True)
     most = (high / (high + (sum_low - low).clamp(min=0))).nan_to_num(nan=1.0)
@@ -355,11 +357,13 @@ def _softmax_parts(
     moved = torch.maximum(most - p, p - least).masked_fill(hidden, 0.0)
     over, under = (1 + a.u) / a.down(n - 1) - 1, 1 - (1 - a.u) / a.up(n - 1)
     divided = (max(over, under) * most + a.h).masked_fill(hidden, 0.0)
-    total = torch.exp((shift + widest + z.log()).clamp(max=700.0)) * (1 + a.u * ulps) + n * a.h
-    # A sum that can be 0 divides 0 by 0.
-    fits = (total * a.up(n) < a.x_max) & w.isfinite() & ((sum_low > 0) | hidden)
     if shifted:
-        fits = fits & ((below + e + widest) * (1 + a.u) < a.x_max)
+        fits = n * a.up(n) < a.x_max
+        fits = ((below + e + widest) * (1 + a.u) < a.x_max) & fits
+    else:
+        total = torch.exp(top + widest + z.log()) * (1 + a.u * ulps) + n * a.h
+        # A sum that can be 0 divides 0 by 0.
+        fits = (total * a.up(n) < a.x_max) & ((sum_low > 0) | hidden)
     return p, moved, divided, fits
 
 
