@@ -1,6 +1,6 @@
 """The visitor that prices: gradient hooks at every wanted site, and the probes that run through."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -9,9 +9,18 @@ from torch import Tensor, nn
 from halfulp.check.reference import Reference, reference_of
 from halfulp.check.setup import Batch, kept_positions, run
 from halfulp.check.sites import MASKED, SiteInfo, Stored, Walk
-from halfulp.check.sums import Rounding, Sums, error_sums, tensor_scales
+from halfulp.check.sums import (
+    Rounding,
+    Side,
+    Sums,
+    error_sums,
+    side_sums,
+    tensor_scales,
+    whole_parts,
+)
 from halfulp.numerics.random import Key
 
+_STRIDE = 4
 Wanted = Callable[[SiteInfo], bool]
 
 
@@ -34,7 +43,8 @@ class Record:
     key: Key = field(default_factory=lambda: Key(0, 0))
     scales: list[Tensor | None] | None = None
     masked: bool = False
-    share: float = 1.0
+    beyond: Tensor | None = None  # [formats] bool: some element overflows to inf
+    side: Side | None = None
     runs: dict[int, Sums] = field(default_factory=dict)
 
 
@@ -53,7 +63,7 @@ class Pricer:
         self.linked: set[int] = set()
         self.single: set[int] = set()
         self.unpriced: list[str] = []
-        self.turn, self.last = 0, False
+        self.turn, self.margin_turn, self.last = 0, -1, False
         self.walk: Walk
 
     # What the walk calls.
@@ -132,6 +142,7 @@ class Pricer:
             raise NotFinite
         reference = reference_of(logits, keep)
         turns = probes + margins
+        self.margin_turn = probes if margins else -1
         for turn in range(turns):
             self.turn, self.last = turn, turn == turns - 1
             v = self._probe(reference) if turn < probes else self._margin(reference)
@@ -139,7 +150,6 @@ class Pricer:
             if keep is not None:
                 full[keep] = v
             logits.backward(full, retain_graph=not self.last)
-        self.margin_turn = probes if margins else -1
         return reference
 
     def _signs(self, n: int) -> Tensor:
@@ -166,29 +176,43 @@ class Pricer:
             record.masked = bool(low <= MASKED)
             if record.masked:
                 low = x2.masked_fill(x2 <= MASKED, 0.0).amin()
-            record.scales = tensor_scales(self.roundings, torch.maximum(high, -low))
+            amax = torch.maximum(high, -low)
+            record.scales = tensor_scales(self.roundings, amax)
+            record.beyond = torch.tensor([r.overflows(amax.item()) for r in self.roundings])
         if record.masked:
             x2 = x2.masked_fill(x2 <= MASKED, 0.0)
-        x2, g2 = self._sample(record, x2, g2)
-        record.runs[self.turn] = error_sums(
-            x2.contiguous(),
-            g2.to(x2.dtype).contiguous(),
-            self.roundings,
-            record.scales,
-            full=self.turn == 0,
-            per_row=record.heads > 0,
-            key=record.key,
-        )
+        self._add(record, x2.contiguous(), g2.to(x2.dtype).contiguous())
         if self.last:
             record.x = record.x.new_empty(0)
 
-    def _sample(self, record: Record, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        count = int(len(x) * self.rows)
-        if self.rows >= 1 or count < 64 or record.heads:
-            return x, g
-        record.share = count / len(x)
-        at = torch.randperm(len(x), generator=self.generator)[:count].to(x.device)
-        return x[at], g[at]
+    def _add(self, record: Record, x: Tensor, g: Tensor) -> None:
+        """Sums of one probe; the margin probe and side effects look at a quarter of the rows."""
+        assert record.scales is not None
+        wholes = whole_parts(x, self.roundings)
+        margin = self.turn == self.margin_turn
+        stride = _STRIDE if margin else max(1, round(1 / self.rows))
+        per_row = record.heads > 0 and stride == 1
+        rows, part = _stride(stride, record.key, x, g, wholes)
+        sums = error_sums(*rows, self.roundings, record.scales, wholes=part, per_row=per_row)
+        share = len(rows[0]) / len(x)
+        for table in (sums.elements, sums.rows):
+            table /= share
+        record.runs[self.turn] = sums
+        if self.turn == 0:
+            rows, part = _stride(_STRIDE, record.key, x, g, wholes)
+            record.side = side_sums(
+                *rows, self.roundings, record.scales, wholes=part, key=record.key
+            )
+
+
+def _stride(
+    stride: int, key: Key, x: Tensor, g: Tensor, wholes: Mapping[int, Tensor]
+) -> tuple[tuple[Tensor, Tensor], dict[int, Tensor]]:
+    """Every `stride`-th row from a random first one; all rows of a small tensor."""
+    if stride == 1 or len(x) < 8 * stride:
+        return (x, g), dict(wholes)
+    at = slice(key.k0 % stride, None, stride)
+    return (x[at].contiguous(), g[at].contiguous()), {i: y[at] for i, y in wholes.items()}
 
 
 def _rows(x: Tensor, transposed: bool) -> Tensor:

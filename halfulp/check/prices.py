@@ -124,10 +124,8 @@ def _collect(pricer: Pricer, reference: Reference, formats: tuple[str, ...], pro
         if record.runs or identity in pricer.walk.used:
             infos += [i for i in record.infos if i.name not in known]
     tables = [_tables(pricer, pricer.records[i.name], reference.tokens, probes) for i in infos]
-    names = ("element", "row", "probes", "stochastic", "margin", "shrinkage", "z")
     stacked = {
-        name: torch.stack([t[name] for t in tables], dim=-2)
-        for name in (*names, "saturated", "flushed")
+        name: torch.stack([t[name] for t in tables], dim=-2) for name in (*_TABLES, "probes")
     }
     heads = {i.name: t["heads"] for i, t in zip(infos, tables, strict=True) if "heads" in t}
     unpriced = tuple(dict.fromkeys([*pricer.walk.unpriced, *pricer.unpriced]))
@@ -152,41 +150,39 @@ def _collect(pricer: Pricer, reference: Reference, formats: tuple[str, ...], pro
     )
 
 
+_TABLES = (
+    "element", "row", "stochastic", "margin", "shrinkage", "z", "saturated", "flushed"
+)  # fmt: skip
+
+
 def _tables(pricer: Pricer, record: Record, tokens: int, probes: int) -> dict[str, Tensor]:
     """Everything about one record, [formats] each; NaN where no gradient came."""
     n = len(pricer.roundings)
     unknown = torch.full((n,), torch.nan, dtype=torch.float64)
-    if 0 not in record.runs:
-        table = dict.fromkeys(
-            ("element", "row", "stochastic", "margin", "shrinkage", "z", "saturated",
-             "flushed"), unknown,
-        )  # fmt: skip
-        return table | {"probes": unknown.expand(probes, n)}
-    runs = [record.runs[k] for k in range(probes)]
-    first, scale = runs[0], 1.0 / (tokens * record.share)
-    element = torch.stack([r.elements for r in runs]) * (scale / 2)
-    row = torch.stack([r.rows for r in runs]) * (scale / 2)
-    size = record.share * _numel(record.infos[0])
-    saturated = first.saturated / size
-    overflow = torch.tensor([not r.quantizer.saturate for r in pricer.roundings])
-    beyond = overflow & (saturated > 0)
+    if record.side is None or record.beyond is None:
+        return dict.fromkeys(_TABLES, unknown) | {"probes": unknown.expand(probes, n)}
+    runs, side, beyond = [record.runs[k] for k in range(probes)], record.side, record.beyond
+    element = torch.stack([r.elements for r in runs]) / (2 * tokens)
+    row = torch.stack([r.rows for r in runs]) / (2 * tokens)
     margin = record.runs.get(pricer.margin_turn)
+    variance = unknown if margin is None else torch.maximum(margin.elements, margin.rows) / tokens
     zs = torch.stack([r.total / r.elements.sqrt() for r in runs]).nan_to_num(nan=0.0)
-    table = {
-        "element": element.mean(0).masked_fill(beyond, torch.inf),
-        "row": row.mean(0).masked_fill(beyond, torch.inf),
-        "probes": torch.maximum(element, row).masked_fill(beyond, torch.inf),
-        "stochastic": (first.stochastic * (scale / 2)).masked_fill(beyond, torch.inf),
-        "margin": unknown
-        if margin is None
-        else (torch.maximum(margin.elements, margin.rows) * scale).masked_fill(beyond, torch.inf),
-        "shrinkage": first.ex / max(first.xx, 1e-300),
-        "z": zs.gather(0, zs.abs().argmax(0, keepdim=True))[0],
-        "saturated": saturated,
-        "flushed": (first.nonzero + first.flushed) / max(first.nonzero, 1.0),
+    least = 1 / torch.Size(record.infos[0].shape).numel()
+    priced = {
+        "element": element.mean(0),
+        "row": row.mean(0),
+        "probes": torch.maximum(element, row),
+        "stochastic": element.mean(0) * side.stochastic,
+        "margin": variance,
     }
-    if record.heads:
-        table["heads"] = _per_head(runs, record) * (scale / 2)
+    table = {name: t.masked_fill(beyond, torch.inf) for name, t in priced.items()} | {
+        "shrinkage": side.shrinkage,
+        "z": zs.gather(0, zs.abs().argmax(0, keepdim=True))[0],
+        "saturated": torch.where(beyond, side.saturated.clamp(min=least), side.saturated),
+        "flushed": side.flushed,
+    }
+    if record.heads and all(r.of_rows is not None for r in runs):
+        table["heads"] = _per_head(runs, record) / (2 * tokens)
     return table
 
 
@@ -196,10 +192,6 @@ def _per_head(runs: list[Sums], record: Record) -> Tensor:
     batch = record.infos[0].shape[0]
     split = total.unflatten(2, (batch, record.heads, -1)).sum((2, 4))
     return split.amax(0).T.contiguous()
-
-
-def _numel(info: SiteInfo) -> int:
-    return torch.Size(info.shape).numel()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Sums over the errors e = Q(x) − x of one tensor, for many formats, in one pass over its rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,33 +47,47 @@ class Rounding:
         rowwise = q.tile[0] == 1 and q.scale != "nvfp4"
         return cls(word, q, "row" if rowwise else "whole", q)
 
+    def overflows(self, amax: float) -> bool:
+        """Whether a tensor of this largest magnitude becomes inf somewhere."""
+        q = self.quantizer
+        middle = q.format.largest * (1 + q.format.unit_roundoff / 2)
+        return self.reach == "element" and not q.saturate and amax * q.static_scale > middle
+
 
 @dataclass
 class Sums:
-    """Sums over one tensor, per format: fp64 [formats], or [formats, rows] for `of_rows`."""
+    """Sums over the rows of one tensor, per format; fp64."""
 
-    elements: Tensor  # Σ (ge)²
-    rows: Tensor  # Σ_rows (Σ ge)²
-    total: Tensor  # Σ ge
-    stochastic: Tensor  # Σ g² e² under stochastic rounding
-    ex: Tensor  # Σ ex
-    saturated: Tensor  # elements
-    flushed: Tensor  # elements
-    xx: float = 0.0
-    nonzero: float = 0.0
-    of_rows: Tensor | None = None  # [2, formats, rows]: Σ (ge)² and (Σ ge)² of each row
+    elements: Tensor  # [formats] Σ (ge)²
+    rows: Tensor  # [formats] Σ_rows (Σ ge)²
+    total: Tensor  # [formats] Σ ge
+    of_rows: Tensor | None  # [2, formats, rows]: Σ (ge)² and (Σ ge)² of each row
 
-    @classmethod
-    def zeros(cls, formats: int) -> "Sums":
-        new = (torch.zeros(formats, dtype=torch.float64) for _ in range(7))
-        elements, rows, total, stochastic, ex, saturated, flushed = new
-        return cls(elements, rows, total, stochastic, ex, saturated, flushed)
+
+@dataclass
+class Side:
+    """What errors do besides their price, on a sample of rows; [formats] fp64."""
+
+    stochastic: Tensor  # Σ g² e² under stochastic rounding, over Σ (ge)²
+    shrinkage: Tensor  # Σ ex / Σ x²
+    flushed: Tensor  # share of nonzero elements that became zero
+    saturated: Tensor  # share of all elements beyond the largest value
 
 
 def tensor_scales(roundings: Sequence[Rounding], amax: Tensor) -> list[Tensor | None]:
     """The scale that each format with one scale per tensor takes for a tensor of `amax` (fp32)."""
     bits = amax.float().reshape(()).view(torch.int32)
     return [scale_of(bits, r.quantizer)[0] if r.reach == "tensor" else None for r in roundings]
+
+
+def whole_parts(x: Tensor, roundings: Sequence[Rounding]) -> dict[int, Tensor]:
+    """Q(x) of the formats whose scales look beyond a row; `x` [m, n]."""
+    x = x.float() if any(r.reach == "whole" for r in roundings) else x
+    return {
+        i: apply_quantizer(x, r.quantizer, key=Key.of(0, r.word))
+        for i, r in enumerate(roundings)
+        if r.reach == "whole"
+    }
 
 
 def round_part(
@@ -94,91 +108,85 @@ def error_sums(
     roundings: Sequence[Rounding],
     scales_of: Sequence[Tensor | None],
     *,
-    full: bool,
+    wholes: Mapping[int, Tensor],
     per_row: bool,
-    key: Key,
 ) -> Sums:
     """Sums over rows `x`, `g` [m, n] (contiguous, one dtype) for every format.
 
-    `full` adds what needs no gradient, and stochastic rounding on a quarter of the rows (scaled
-    up, so unbiased). `per_row` keeps the sums of each row.
+    `wholes`: Q(x) of the formats that need the whole tensor at once. `per_row` keeps the sums of
+    each row.
     """
-    sums = Sums.zeros(len(roundings))
-    if per_row:
-        sums.of_rows = torch.zeros(2, len(roundings), len(x), dtype=torch.float64)
-    wholes = {
-        i: apply_quantizer(x.float(), r.quantizer, key=Key.of(0, r.word))
-        for i, r in enumerate(roundings)
-        if r.reach == "whole"
-    }
-    step = max(1, _CHUNK // x.shape[1])
-    starts = range(0, len(x), step)
-    drawn = _draws(len(starts), key)
-    buffer = torch.empty(min(step, len(x)), x.shape[1], dtype=torch.float32)
-    for number, start in enumerate(starts):
-        xs, gs = x[start : start + step], g[start : start + step]
-        x32, out = xs.float(), buffer[: len(xs)]
-        if full:
-            sums.xx += torch.dot(xs.view(-1), xs.view(-1)).item()
-            sums.nonzero += torch.count_nonzero(xs).item()
+    m, n = x.shape
+    step = max(1, _CHUNK // n)
+    row = torch.empty(len(roundings), m, dtype=x.dtype)
+    squares = torch.empty(len(roundings), m, dtype=x.dtype) if per_row else None
+    elements = [0.0] * len(roundings)
+    buffer = torch.empty(min(step, m), n, dtype=torch.float32)
+    for start in range(0, m, step):
+        stop = min(start + step, m)
+        xs, gs, out = x[start:stop], g[start:stop], buffer[: stop - start]
+        x32 = xs.float()
         for i, r in enumerate(roundings):
-            if i in wholes:
-                y = out.copy_(wholes[i][start : start + step])
+            y = wholes[i][start:stop] if i in wholes else round_part(x32, r, scales_of[i], out)
+            p = torch.sub(y, xs, out=out) if y.dtype == xs.dtype else y.to(xs.dtype).sub_(xs)
+            p.mul_(gs)
+            torch.sum(p, 1, out=row[i, start:stop])
+            if squares is None:
+                elements[i] += torch.dot(p.view(-1), p.view(-1)).item()
             else:
-                y = round_part(x32, r, scales_of[i], out)
-            if full:
-                _add_ranges(sums, i, r, x32, y, scales_of[i])
-            p = y.to(xs.dtype).sub_(xs)
-            if full:
-                sums.ex[i] += torch.dot(p.view(-1), xs.view(-1)).item()
-            _add_products(sums, i, p.mul_(gs), start)
-            if full and number in drawn and r.reach != "whole":
-                y = round_part(x32, r, scales_of[i], out, key.fold(number).fold(i))
-                p = (
-                    y.sub_(x32).mul_(gs)
-                    if y.dtype == gs.dtype
-                    else y.to(gs.dtype).sub_(xs).mul_(gs)
-                )
-                square = torch.dot(p.view(-1), p.view(-1)).item()
-                sums.stochastic[i] += square * len(starts) / len(drawn)
-    for i in wholes:
-        sums.stochastic[i] = 2 * sums.elements[i]
-    return sums
+                torch.sum(p.square_(), 1, out=squares[i, start:stop])
+    row = row.double()
+    of_rows = None if squares is None else torch.stack([squares.double(), row.square()])
+    if of_rows is not None:
+        elements = of_rows[0].sum(1).tolist()
+    return Sums(
+        elements=torch.tensor(elements, dtype=torch.float64),
+        rows=row.square().sum(1),
+        total=row.sum(1),
+        of_rows=of_rows,
+    )
 
 
-def _draws(count: int, key: Key) -> set[int]:
-    """A random quarter of the chunks; all of a few."""
-    if count < 8:
-        return set(range(count))
-    return set(range(key.k0 % 4, count, 4))
+def side_sums(
+    x: Tensor,
+    g: Tensor,
+    roundings: Sequence[Rounding],
+    scales_of: Sequence[Tensor | None],
+    *,
+    wholes: Mapping[int, Tensor],
+    key: Key,
+) -> Side:
+    """Shares over rows `x`, `g` [m, n] (contiguous, one dtype) for every format."""
+    x32 = x.float()
+    xx, nonzero = _dot(x, x), float(torch.count_nonzero(x))
+    table = torch.zeros(4, len(roundings), dtype=torch.float64)
+    for i, r in enumerate(roundings):
+        y = wholes[i] if i in wholes else round_part(x32, r, scales_of[i], torch.empty_like(x32))
+        flushed = nonzero - float(torch.count_nonzero(y))
+        e = y.to(x.dtype) - x
+        shrinkage = _dot(e, x) / max(xx, 1e-300)
+        nearest = _dot(e.mul_(g), e)
+        ratio = 2.0
+        if i not in wholes and nearest > 0:
+            y = round_part(x32, r, scales_of[i], torch.empty_like(x32), key.fold(i))
+            e = y.to(x.dtype).sub_(x).mul_(g)
+            ratio = _dot(e, e) / nearest
+        saturated = _saturated(x32, r) / max(x.numel(), 1)
+        table[:, i] = torch.tensor([ratio, shrinkage, flushed / max(nonzero, 1.0), saturated])
+    return Side(*table)
 
 
-def _add_products(sums: Sums, i: int, p: Tensor, start: int) -> None:
-    """`p` = g e of some rows [m, n]; overwritten."""
-    rows = p.sum(1).double()
-    sums.total[i] += rows.sum()
-    if sums.of_rows is None:
-        sums.rows[i] += torch.dot(rows, rows)
-        sums.elements[i] += torch.dot(p.view(-1), p.view(-1))
-        return
-    elements = p.square_().sum(1).double()
-    squares = rows.square()
-    sums.of_rows[0, i, start : start + len(p)] = elements
-    sums.of_rows[1, i, start : start + len(p)] = squares
-    sums.rows[i] += squares.sum()
-    sums.elements[i] += elements.sum()
+def _dot(a: Tensor, b: Tensor) -> float:
+    return torch.dot(a.view(-1), b.view(-1)).item()
 
 
-def _add_ranges(
-    sums: Sums, i: int, r: Rounding, x: Tensor, y: Tensor, scale: Tensor | None
-) -> None:
-    """Count what `y` = Q(x) saturated and flushed; overflow to inf keeps no error."""
-    sums.flushed[i] -= torch.count_nonzero(y).item()
+def _saturated(x: Tensor, r: Rounding) -> float:
+    """How many elements lie beyond the largest value of the scaled format."""
     q = r.quantizer
     if r.reach == "tensor" or q.scale == "e8m0_up" or q.format.exponent_bits == 8:
-        return  # scales from the present amax leave nothing beyond the largest value
+        return 0.0  # scales from the present amax leave nothing beyond the largest value
     top = q.format.largest * (1 + 2.0**-20)
     if q.scale == "none" and not float(x.abs().amax()) > q.format.largest:
-        return
+        return 0.0
     s = scales(x, q)[0] if q.scale != "none" else 1.0
-    sums.saturated[i] += (x.abs() * s > top).sum().item()
+    return float((x.abs() * s > top).sum())
