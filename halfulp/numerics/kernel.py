@@ -18,13 +18,14 @@ from pathlib import Path
 from halfulp.errors import KernelError
 from halfulp.numerics.format import Format
 
-_SOURCES = ("round.h", "round.c", "adamw.c")
+_HEADERS, _SOURCES = ("round.h", "scale.h"), ("round.c", "adamw.c", "count.c")
 _FLAGS = (
     "-O3",
     "-std=gnu11",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fopenmp-simd",
     "-shared",
     "-fPIC",
 )
@@ -70,6 +71,7 @@ def status() -> KernelStatus:
 def _load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_build()))
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64
+    f32 = ctypes.c_float
     signatures = {
         "halfulp_round": (None, [pointer] * 3 + [i64, pointer, i32, i32, i32, pointer]),
         "halfulp_amax": (i32, [pointer] * 2 + [i64]),
@@ -77,6 +79,8 @@ def _load() -> ctypes.CDLL:
         "halfulp_tiles": (None, [pointer] * 3 + [i64, i64, pointer, i32, i32, i32]),
         "halfulp_adamw": (None, [pointer] * 5 + [i64, pointer, pointer] + [i32] * 5),
         "halfulp_accumulate": (None, [pointer] * 3 + [i64, pointer, i32]),
+        "halfulp_count": (None, [pointer] * 3 + [i64, f32, f32, pointer]),
+        "halfulp_beyond": (i64, [pointer] * 2 + [i64, i64, pointer, i32, f32]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
@@ -90,9 +94,9 @@ def _build() -> Path:
     compiler = compiler or shutil.which("clang")
     if not compiler:
         raise KernelError("no C compiler: neither $CC nor cc, gcc or clang on the PATH")
-    sources = [Path(__file__).with_name(name) for name in _SOURCES]
+    files = {name: Path(__file__).with_name(name) for name in _HEADERS + _SOURCES}
     facts = (
-        *(s.read_text() for s in sources),
+        *(file.read_text() for file in files.values()),
         *_FLAGS,
         *_X86_FLAGS,
         compiler,
@@ -107,7 +111,7 @@ def _build() -> Path:
     # Written aside and renamed: several ranks may build at once.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch) / target.name
-        paths = map(str, sources[1:])
+        paths = (str(files[name]) for name in _SOURCES)
         command = [*compiler.split(), *_FLAGS, *_X86_FLAGS, *paths, "-o", str(built), "-lm"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if result.returncode:

@@ -6,6 +6,7 @@ import torch
 from oracles.grids import double
 from oracles.inputs import data
 
+from halfulp.numerics import statistics
 from halfulp.numerics.apply import apply_quantizer, scales
 from halfulp.numerics.hadamard import hadamard
 from halfulp.numerics.quantizer import parse_quantizer
@@ -105,3 +106,28 @@ def test_energy_of_tiny_operands(value):
 def test_empty_operands_count_nothing():
     """An expert that no token was sent to."""
     assert counted(torch.empty(0, 32), "e4m3@1x32:e8m0_up")["n"] == 0
+
+
+@pytest.mark.parametrize("special", [None, "nan", "inf", "0"])
+@pytest.mark.parametrize("shape", [(64, 64), (3, 50), (1, 7), (5, 40000)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "bf16",
+        "e4m3",
+        "e4m3@tensor:current",
+        "e4m3@row:current",
+        "e4m3@1x32:e8m0_floor",
+        "e2m1@1x16:nvfp4",
+        "e4m3@128x128:current",
+    ],
+)
+def test_the_kernel_counts_what_the_definition_counts(monkeypatch, text, shape, special):
+    q = parse_quantizer(text)
+    x = torch.randn(shape) * torch.randn(shape).exp() * torch.randint(0, 2, shape) * 600
+    if special:
+        x.view(-1)[3] = float(special)
+    y = apply_quantizer(x, q)
+    found = quantizer_statistics(x, y, q)
+    monkeypatch.setattr(statistics, "use_c", lambda *_: False)
+    assert torch.allclose(found, quantizer_statistics(x, y, q), rtol=1e-12, equal_nan=True)
