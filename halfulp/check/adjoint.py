@@ -18,6 +18,7 @@ from halfulp.check.sums import (
     tensor_scales,
     whole_parts,
 )
+from halfulp.errors import CheckError
 from halfulp.numerics.random import Key
 
 _STRIDE = 4
@@ -141,6 +142,13 @@ class Pricer:
         if not bool(torch.isfinite(logits).all()):
             raise NotFinite
         reference = reference_of(logits, keep)
+        if not any(record.infos for record in self.records.values()):
+            raise CheckError(
+                "none of the asked sites exists in this model. Ask for families among stored, "
+                "operand and cast, or for names that halfulp.check.prices.price found in it."
+            )
+        if not logits.requires_grad:
+            return reference  # every site is detached
         turns = probes + margins
         self.margin_turn = probes if margins else -1
         for turn in range(turns):

@@ -21,7 +21,6 @@ from halfulp.check.setup import Batch, prepare
 from halfulp.check.sites import SiteInfo, Walk, parameter_sites
 from halfulp.check.sums import Rounding, Sums
 from halfulp.check.survey import non_finite_error
-from halfulp.errors import CheckError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,8 @@ def price(
       over the data per format and probe. The model is unchanged afterwards.
     * `rows` < 1 uses a random share of the rows of large tensors, scaled up: unbiased.
     * The same seed gives the same result. Computed in the dtype of the model (fp32 or fp64).
-    Raises CheckError for models that cannot be a reference (halfulp.check.sites.prepare).
+    Raises CheckError for models that cannot be a reference (halfulp.check.setup.prepare), for a
+    reference run that is not finite, and when no asked site exists.
     """
 
     def wanted(info: SiteInfo) -> bool:
@@ -221,8 +221,3 @@ def _gradients(model: nn.Module, pricer: Pricer, hints: Mapping[str, str] | None
         for i, s in stored.items():
             s.tensor.requires_grad_(before[i][0])
             s.tensor.grad = before[i][1]
-    if not pricer.records:
-        raise CheckError(
-            "none of the asked sites exists in this model. Ask for families among stored, operand "
-            "and cast, or for names that halfulp.check.price found in this model."
-        )
