@@ -160,6 +160,13 @@ class Pricer:
             logits.backward(full, retain_graph=not self.last)
         return reference
 
+    def release(self) -> None:
+        """Let go of the tensors that no gradient reached, and of the walk, which knows us."""
+        for record in (*self.records.values(), *self.parameters.values()):
+            record.x = torch.empty(0)
+        self.by_storage.clear()
+        del self.walk
+
     def _signs(self, n: int) -> Tensor:
         return torch.randint(0, 2, (n, 1), generator=self.generator) * 2.0 - 1.0
 

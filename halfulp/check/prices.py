@@ -113,7 +113,9 @@ def price(
                 reference = None
         if reference is None:
             raise non_finite_error(model, batch, hints=hints, attention=attention)
-        return _collect(pricer, reference, tuple(formats), probes)
+        prices = _collect(pricer, reference, tuple(formats), probes)
+        pricer.release()
+        return prices
     raise AssertionError("unreachable: without links nothing asks for another run")
 
 

@@ -118,10 +118,10 @@ def error_sums(
     """
     m, n = x.shape
     step = max(1, _CHUNK // n)
-    row = torch.empty(len(roundings), m, dtype=x.dtype)
-    squares = torch.empty(len(roundings), m, dtype=x.dtype) if per_row else None
+    row = torch.empty(len(roundings), m, dtype=x.dtype, device=x.device)
+    squares = torch.empty_like(row) if per_row else None
     elements = [0.0] * len(roundings)
-    buffer = torch.empty(min(step, m), n, dtype=torch.float32)
+    buffer = torch.empty(min(step, m), n, dtype=torch.float32, device=x.device)
     for start in range(0, m, step):
         stop = min(start + step, m)
         xs, gs, out = x[start:stop], g[start:stop], buffer[: stop - start]
@@ -135,8 +135,8 @@ def error_sums(
                 elements[i] += torch.dot(p.view(-1), p.view(-1)).item()
             else:
                 torch.sum(p.square_(), 1, out=squares[i, start:stop])
-    row = row.double()
-    of_rows = None if squares is None else torch.stack([squares.double(), row.square()])
+    row = row.double().cpu()
+    of_rows = None if squares is None else torch.stack([squares.double().cpu(), row.square()])
     if of_rows is not None:
         elements = of_rows[0].sum(1).tolist()
     return Sums(

@@ -4,17 +4,21 @@ Only what returns a low-precision dtype is stored in one; fp32 islands (norms, s
 autocast need no rules of their own (spec roundoff §5.1).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from halfulp.blocks import Gemm
 from halfulp.check.measure import TARGETS, program
-from halfulp.check.places import Places
+from halfulp.check.places import PRODUCTS, Places
 from halfulp.check.setup import Batch, run
 from halfulp.check.sites import SiteInfo, Walk, parameter_sites
+from halfulp.policy import Policy
+from halfulp.quantization import resolve
 
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -68,6 +72,45 @@ def small(batch: Batch, tokens: int) -> Batch:
         not isinstance(v, Tensor) or v.shape == shape for v in batch.values()
     )
     return {name: cut(value) for name, value in batch.items()} if same else batch
+
+
+def policy_sites(
+    model: nn.Module,
+    policy: Policy | str | Path,
+    sites: Iterable[SiteInfo],
+    *,
+    hints: Mapping[str, str] | None = None,
+    allow_partial: bool = False,
+) -> dict[str, str]:
+    """The plan (site → quantizer) that a policy's forward pass is; identities are left out.
+
+    `sites`: stored and operand ones, as halfulp.check.prices.price lists them. A GEMM's operands
+    are operand sites, its `fprop_out` the stored site it makes, tables and norms their parameters.
+    Errors as in halfulp.quantize. halfulp.check.measure judges the real thing: measure_policy.
+    """
+    known = list(sites)
+    resolution = resolve(model, policy, hints=hints, allow_partial=allow_partial)
+    plan: dict[str, str] = {}
+    for gemm, _, spec, _ in resolution.gemms:
+        quantizers = {f"{gemm.name}/fprop.{o}": getattr(spec, f"fprop_{o}") for o in ("x", "w")}
+        quantizers |= {s.name: spec.fprop_out for s in known if _made_by(s, gemm)}
+        plan |= {name: str(q) for name, q in quantizers.items() if not q.is_identity}
+    for modules in (resolution.embeds, resolution.norms):
+        for module, q in modules.items():
+            owned = [f"weight:{module}.{name}" for name in ("weight", "bias")]
+            plan |= {name: str(q) for name in owned if not q.is_identity}
+    names = {s.name for s in known}
+    return {name: word for name, word in plan.items() if name in names}
+
+
+def _made_by(site: SiteInfo, gemm: Gemm) -> bool:
+    """Whether `site` is what the GEMM returns."""
+    if site.family != "stored" or site.module != gemm.module:
+        return False
+    if gemm.role.startswith("attn_"):
+        kind = {"attn_qk": "scores", "attn_pv": "attn_out"}[gemm.role]
+        return site.kind == kind and site.op in PRODUCTS
+    return site.op in ("linear", "addmm")
 
 
 @dataclass

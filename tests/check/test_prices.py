@@ -370,3 +370,37 @@ def test_a_weight_used_twice_is_priced_use_by_use():
     together = p.kl[p.index("weight:layers.0.up_proj.weight"), 0].item()
     assert uses[0] != uses[1]
     assert 0.3 * sum(uses) < together < 3 * sum(uses)
+
+
+@pytest.mark.slow
+def test_cost_of_pricing():
+    """A14: at most 12 forward passes for one probe and four formats, on one core."""
+    import time
+
+    from halfulp.train.config import ModelConfig
+    from halfulp.train.model import build_model
+
+    config = ModelConfig(preset="gpt2-3m", hidden=512, layers=6)
+    model = build_model(config, vocab=257, length=128, seed=0).model.eval()
+    model.config._attn_implementation = "eager"
+    ids = trained("gpt2").batch(4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        names = trace(model, ids, "bf16").names
+
+        def seconds(work, repeats=3):
+            spent = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                work()
+                spent.append(time.perf_counter() - start)
+            return min(spent)
+
+        with torch.no_grad():
+            forward = seconds(lambda: model(ids, use_cache=False), 5)
+        formats = ("bf16", "fp16", "e4m3", "e5m2")
+        asked = {"formats": formats, "sites": names, "probes": 1, "margins": False}
+        assert seconds(lambda: price(model, ids, **asked)) / forward <= 12
+    finally:
+        torch.set_num_threads(threads)
