@@ -27,7 +27,8 @@ from halfulp.policy import Policy
 EXACT = "fp32"
 DEFAULT_PINS = {"head": "never below bf16", "logits": "never below bf16"}
 _PIN = re.compile(r"(never below|exactly) +(\S+)|free")
-_ENOUGH = 0.1  # a change of format is worth telling when it leaves at most this share of the price
+_WORTH = 0.99  # a change is worth telling when it leaves at most this share of the whole KL
+_ENOUGH = 0.1  # and enough when it leaves at most this share of its groups' price
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,8 @@ def what_if(
     """The single changes to `assigned` (group → format) that lower the predicted KL most.
 
     A change gives all groups of one `by` ("kind", "block" or "name") the format of fewest bits that
-    takes away nine tenths of their price, or else the most.
+    takes away nine tenths of their price, or else the most. Changes worth less than 1 % are left
+    out.
     """
     words = sorted(_words(groups, formats), key=format_bits)
     classes: dict[str, list[Group]] = {}
@@ -191,7 +193,7 @@ def what_if(
         _change(key, members, assigned, words, total, average_bits(groups, assigned), groups)
         for key, members in classes.items()
     ]
-    gains = [change for change in found if change and change.kl_after < change.kl_before]
+    gains = [change for change in found if change and change.kl_after < _WORTH * change.kl_before]
     return tuple(sorted(gains, key=lambda change: change.kl_after)[:top])
 
 

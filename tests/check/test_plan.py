@@ -180,12 +180,13 @@ def test_unknown_is_never_free():
 
 def test_what_if_names_the_changes_that_buy_most():
     uniform = {g.name: "e4m3" for g in GROUPS}
-    first, second, third = what_if(GROUPS, uniform, formats=["bf16", "e4m3"])
+    first, second = what_if(GROUPS, uniform, formats=["bf16", "e4m3"])  # the head buys nothing
     assert (first.kind, first.format, first.before) == ("layers.0.attn.qk", "bf16", ("e4m3",))
     assert first.kl_before == pytest.approx(5.11e-3)
     assert first.kl_after == pytest.approx(1.6e-4)
     assert first.bits_after == pytest.approx(first.bits_before + 8 / 4)
-    assert second.kl_after < third.kl_after
+    assert (second.kind, second.format) == ("layers.0.ffn.up", "bf16")
+    assert first.kl_after < second.kl_after < second.kl_before
     assert "KL 5.1e-3 → 1.6e-4 nats/token, 8.00 → 10.00 bits" in str(first)
     assert what_if(GROUPS, {g.name: "fp32" for g in GROUPS}) == ()
     assert len(what_if(GROUPS, uniform, by="block", top=2)) == 2
