@@ -1,4 +1,4 @@
-"""Changes to a running model: sublayer outputs scaled, the residual stream or the scores rounded."""
+"""Changes to a running model: scaled sublayers, a rounded residual stream, rounded scores."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -14,6 +14,7 @@ from halfulp.check.profile import (
     fp64,
     layer_matrices,
     log_slope,
+    low_copy,
     omegas,
     profile_depth,
     reference_copy,
@@ -83,7 +84,7 @@ def test_composed_bound_covers_every_element(family, fmt):
     model, blocks = build(family), block_map(build(family))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[fmt]
     reference = stream(reference_copy(model), IDS, blocks, in_fp64=True)
-    low = stream(copy.deepcopy(model).to(dtype), IDS, blocks)
+    low = stream(low_copy(model, dtype), IDS, blocks)
     ratios = []
     for name, bound in stream_bounds(model, IDS, fmt):
         if name in reference:
@@ -153,6 +154,20 @@ def test_models_without_layers_or_of_other_families():
         profile_depth(nn.ModuleDict({"fc1": nn.Linear(4, 4)}), torch.zeros(1, 4))
     with pytest.raises(CheckError, match="knows gpt2, llama"):
         next(stream_bounds(nn.Linear(2, 2), IDS, "fp32"))
+
+
+def test_rotary_frequencies_stay_fp32():
+    low = low_copy(build("llama"), torch.bfloat16)
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in low.buffers()} == {torch.float32}
+    assert torch.equal(low.model.rotary_emb.inv_freq, build("llama").model.rotary_emb.inv_freq)
+    assert profile_depth(build("llama"), IDS, low=low_copy_of(torch.bfloat16)).points == (
+        profile_depth(build("llama"), IDS, low=torch.bfloat16).points
+    )
+
+
+def low_copy_of(dtype):
+    return lambda model: low_copy(model, dtype)
 
 
 def test_slope_and_mode():
