@@ -24,7 +24,12 @@ _EXPORTS = {
 }
 
 
+_ROOMS = ("check",)  # packages that can be called
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"halfulp.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'halfulp' has no attribute {name!r}")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)
@@ -33,4 +38,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*_EXPORTS, "__version__"])
+    return sorted([*_EXPORTS, *_ROOMS, "__version__"])

@@ -5,7 +5,9 @@ from types import ModuleType
 
 
 class HalfulpError(Exception):
-    """Root of every error whose message is an answer; the CLI prints it and exits with code 2."""
+    """Root of every error whose message is an answer; the CLI prints it and exits with its code."""
+
+    exit_code = 2
 
 
 class CheckError(HalfulpError):

@@ -97,6 +97,8 @@ class Pricer:
             self.unpriced.append(info.name)
             return x
         if not x.requires_grad:
+            if torch.equal(x, x.round()):
+                return x  # counts and positions: a constant of integers is no site
             x = x.detach().requires_grad_().clone()
         self._watch(x, [info], False)
         return x

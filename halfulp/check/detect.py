@@ -26,7 +26,7 @@ class Finding:
     """One thing to tell the user.
 
     `kind`: nonlinear | shrinkage | bias | saturated | overflow | flushed | unknown | unpriced |
-    zero | mask | rope | nonfinite. `value` is the number behind it, in the unit of its kind.
+    zero | mask | rope | router | nonfinite. `value` is the number behind it, in the unit of its kind.
     """
 
     kind: str
@@ -131,6 +131,12 @@ def guard(
         some = seen.masked[0]
         text = f"additive masks at {len(seen.masked)} places ({some}) are left out of scales."
         found.append(_plain("mask", some, text))
+    if any(s.info.block.endswith(".router") for s in seen.sites):
+        text = (
+            "a router picks experts: a token that changes its expert is no small perturbation, and "
+            "no price holds it. Trust measured values only."
+        )
+        found.append(_plain("router", "", text))
     for target in targets:
         found += _overflow(seen, target)
     return (*found, *_rope(model, targets, length))

@@ -88,10 +88,16 @@ def measure(
 
 
 def measure_target(
-    model: nn.Module, batch: Batch, target: str, ref: Reference, *, attention: str = "eager"
+    model: nn.Module,
+    batch: Batch,
+    target: str,
+    ref: Reference,
+    *,
+    attention: str = "eager",
+    buffers: bool = False,
 ) -> Measured:
-    """The real program of `TARGETS`, run on a copy of the model."""
-    with program(model, target, attention=attention) as low, torch.no_grad():
+    """The real program of `TARGETS`, run on a copy of the model; `buffers` as in `program`."""
+    with program(model, target, attention=attention, buffers=buffers) as low, torch.no_grad():
         logits = run(low, batch).float()
     return Measured(distance=distance(ref, logits, kept_positions(batch, logits)), overflowed={})
 

@@ -40,14 +40,15 @@ def trace(
     *,
     hints: Mapping[str, str] | None = None,
     attention: str = "eager",
+    buffers: bool = False,
     tokens: int = 8,
 ) -> Trace:
     """The trace of a program of halfulp.check.measure.TARGETS.
 
     The program runs on the first `tokens` tokens of the first sequence: dtypes do not depend on
-    the length. CheckError for an unknown target.
+    the length. `buffers` as in halfulp.check.measure.program. CheckError for an unknown target.
     """
-    with program(model, target, attention=attention) as low, torch.no_grad():
+    with program(model, target, attention=attention, buffers=buffers) as low, torch.no_grad():
         places = Places(low, hints)
         tracer = _Tracer()
         for stored in parameter_sites(low, places).values():

@@ -10,7 +10,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit.
 
     Exit codes: 0 done, 2 a HalfulpError (its message goes to stderr) or a wrong option, 130 a run
-    that was interrupted and can be resumed.
+    that was interrupted and can be resumed. `halfulp check` has its own, said in its --help.
     """
     from halfulp.cli.app import app
     from halfulp.errors import HalfulpError
@@ -20,5 +20,5 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except HalfulpError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     sys.exit(0)

@@ -2,6 +2,7 @@
 
 import typer
 
+from halfulp.cli.check import check
 from halfulp.cli.demo import demo
 from halfulp.cli.formats import formats
 from halfulp.cli.info import info
@@ -19,5 +20,5 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, report, recipes, formats, info):
+for command in (demo, train, check, report, recipes, formats, info):
     app.command()(command)

@@ -1,0 +1,145 @@
+"""Targets: the program or policy that a user means to run, as sites that `check` can price.
+
+A program of PyTorch's (`.to(bfloat16)`, autocast) rounds what its dtype trace says. A policy rounds
+the operands of GEMMs, their outputs and the tables, as halfulp.quantize does; delayed scales are
+judged at the value they settle at, that of the present amax.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from halfulp.blocks import BlockMap
+from halfulp.check.measure import TARGETS
+from halfulp.check.prices import Prices
+from halfulp.errors import CheckError, PolicyError
+from halfulp.numerics.quantizer import Quantizer
+from halfulp.policy import Policy, Resolution, Rule, load_recipe, recipe_names
+from halfulp.recipe import Recipe
+
+_GEMM_OPS = ("linear", "addmm", "matmul", "bmm", "baddbmm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyTarget:
+    """A policy with settled scales, and what it rounds in the forward pass of one model.
+
+    `operands`: (gemm, "x" | "w") → quantizer; `outputs`: module of a linear → quantizer; `tables`:
+    name of a table's module → quantizer. `unpriced` says what no price stands for.
+    """
+
+    policy: Policy
+    resolution: Resolution
+    operands: Mapping[tuple[str, str], Quantizer]
+    outputs: Mapping[str, Quantizer]
+    tables: Mapping[str, Quantizer]
+    unpriced: tuple[str, ...]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The formats that have to be priced."""
+        tables = (self.operands, self.outputs, self.tables)
+        return tuple(dict.fromkeys(str(q) for t in tables for q in t.values() if _priceable(q)))
+
+    def plan(self, prices: Prices) -> dict[str, str]:
+        """Site → format of everything that the policy rounds and `prices` has."""
+        found: dict[str, str] = {}
+        for site in prices.sites:
+            if site.family == "operand":
+                q = self.operands.get((site.gemm, site.operand))
+            elif site.op == "parameter":
+                q = self.tables.get(site.name.removeprefix("weight:").rpartition(".")[0])
+            else:
+                q = self.outputs.get(site.module) if site.op in _GEMM_OPS else None
+            if q is not None and _priceable(q):
+                found[site.name] = str(q)
+        return found
+
+
+def is_program(target: str) -> bool:
+    """Whether `target` is a program of PyTorch's, not a recipe or a policy file."""
+    return target in TARGETS
+
+
+def load_target(model: nn.Module, target: str | Path | Policy, blocks: BlockMap) -> PolicyTarget:
+    """The recipe or policy file `target`, for this model.
+
+    Raises PolicyError for a policy that does not fit the model, CheckError for an unknown name.
+    """
+    policy = settled(_find(target))
+    resolution = policy.resolve(blocks)
+    operands: dict[tuple[str, str], Quantizer] = {}
+    outputs: dict[str, Quantizer] = {}
+    for decision in resolution.gemms:
+        gemm, spec = decision.gemm, decision.spec
+        sides = {(gemm.name, "x"): spec.fprop_x, (gemm.name, "w"): spec.fprop_w}
+        operands |= {key: q for key, q in sides.items() if not q.is_identity}
+        if not spec.fprop_out.is_identity and not gemm.role.startswith("attn_"):
+            outputs[gemm.module] = spec.fprop_out
+    tables = {**resolution.embeds, **resolution.norms}
+    return PolicyTarget(
+        policy=policy,
+        resolution=resolution,
+        operands=operands,
+        outputs=outputs,
+        tables={name: q for name, q in tables.items() if not q.is_identity},
+        unpriced=_unpriced(resolution),
+    )
+
+
+def settled(policy: Policy) -> Policy:
+    """The policy with every delayed scale replaced by one from the present amax."""
+    rules = tuple(Rule(r.match, _settled(r.recipe), r.layers) for r in policy.rules)
+    own = {name: _settled(recipe) for name, recipe in policy.recipes.items()}
+    return Policy(rules, policy.name, own)
+
+
+def _settled(recipe: Recipe) -> Recipe:
+    def now(q: Quantizer) -> Quantizer:
+        return replace(q, scale="current", history=0) if q.scale == "delayed" else q
+
+    gemms = {
+        role: replace(
+            spec, **{n: now(q) for n, q in vars(spec).items() if isinstance(q, Quantizer)}
+        )
+        for role, spec in recipe.gemms.items()
+    }
+    same = all(gemms[role] == spec for role, spec in recipe.gemms.items())
+    return recipe if same else replace(recipe, name=f"{recipe.name}_settled", gemms=gemms)
+
+
+def _find(target: str | Path | Policy) -> Policy:
+    if isinstance(target, Policy):
+        return target
+    text = str(target)
+    if text.endswith(".toml"):
+        return Policy.load(text)
+    try:
+        load_recipe(text)
+    except PolicyError as error:
+        raise CheckError(
+            f"target {text!r} is neither a program ({', '.join(TARGETS)}) nor a policy file nor a "
+            f"recipe. {error}"
+        ) from error
+    return Policy.from_recipe(text)
+
+
+def _priceable(q: Quantizer) -> bool:
+    return not q.hadamard
+
+
+def _unpriced(resolution: Resolution) -> tuple[str, ...]:
+    said = []
+    specs = [d.spec for d in resolution.gemms]
+    if any(s.fprop_accumulate != "fp32" for s in specs):
+        said.append("short accumulators")
+    if any(q.hadamard for s in specs for q in (s.fprop_x, s.fprop_w)):
+        said.append("operands under a Hadamard transform")
+    return tuple(said)
+
+
+def known_targets() -> tuple[str, ...]:
+    """Programs and recipes, for messages."""
+    return (*TARGETS, *recipe_names())

@@ -1,0 +1,357 @@
+"""`halfulp check`: what every rounding costs, and the policy that fits the budget."""
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halfulp.errors import CheckError, ConfigError, HalfulpError
+
+if TYPE_CHECKING:
+    from halfulp.check.report import CheckReport, Row
+
+COULD_NOT_TELL, WRONG_INPUT = 3, 64
+
+
+def check(
+    model: Annotated[
+        str, typer.Argument(help="Run directory, local Hugging Face directory, or preset.")
+    ],
+    data: Annotated[
+        list[str] | None, typer.Option(help='Text: "stdlib" or a path; may be repeated.')
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help='"bytes", "bpe:N" or a tokenizer.json; the model\'s own.')
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to price, and as many to hold out.")] = 512,
+    formats: Annotated[
+        str, typer.Option(help="Words of `halfulp formats`, or quantizers, with commas.")
+    ] = "bf16,fp16,e4m3,e5m2,mxfp8,nvfp4,int8",
+    budget: Annotated[float, typer.Option(help="KL in nats per token that is allowed.")] = 1e-3,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="What the verdict is about: bf16, fp16, autocast-bf16, autocast-fp16, a recipe "
+            "or a policy.toml. Without it, the plan."
+        ),
+    ] = None,
+    lr: Annotated[
+        float, typer.Option(help="Learning rate of the backward and update prices.")
+    ] = 1e-4,
+    hardware: Annotated[
+        str, typer.Option(help="Only formats that it multiplies: hopper, blackwell, cpu, …")
+    ] = "any",
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(help="'GLOB=never below bf16', 'GLOB=exactly e4m3' or 'GLOB=free'."),
+    ] = None,
+    probes: Annotated[int, typer.Option(help="Backward passes; more are more certain.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of labels, signs and the choice of text.")] = 0,
+    policy: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("policy.toml"),
+    html: Annotated[Path | None, typer.Option(help="Write the page there.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Also test what this machine's kernels really do.")
+    ] = False,
+    explain: Annotated[str | None, typer.Option(help="Say everything about one site.")] = None,
+    attn: Annotated[str, typer.Option(help="eager shows scores; sdpa prices fused.")] = "eager",
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+) -> None:
+    """Price every rounding of MODEL before it runs, and plan formats for a budget.
+
+    Exit codes: 0 the target meets the budget, 2 it does not, 3 it could not be judged, 64 the
+    input is wrong.
+    """
+    try:
+        outputs = [p for p in (policy, html, json_) if p is not None]
+        _check_outputs(outputs, force)
+        report = _run(
+            model, data, tokenizer, tokens, formats, budget, target, lr, hardware, pin or [],
+            probes, seed, kernels, attn,
+        )  # fmt: skip
+        _print(report)
+        if explain:
+            _explain(report, explain)
+        _write(report, policy, html, json_)
+    except HalfulpError as error:
+        error.exit_code = COULD_NOT_TELL if isinstance(error, CheckError) else WRONG_INPUT
+        raise
+    raise typer.Exit(report.exit_code)
+
+
+def _check_outputs(paths: list[Path], force: bool) -> None:
+    """Before any work: files that exist, and directories that do not."""
+    if len(set(paths)) < len(paths):
+        raise ConfigError("--policy, --html and --json name the same file. Give three names.")
+    for path in paths:
+        if path.exists() and not force:
+            raise ConfigError(f"{path} exists. Give another name, or --force to replace it.")
+        if path.is_dir() or not path.parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: its directory must exist and it be none.")
+
+
+def _run(
+    where: str, data: list[str] | None, tokenizer: str | None, tokens: int, formats: str,
+    budget: float, target: str | None, lr: float, hardware: str, pins: list[str], probes: int,
+    seed: int, kernels: bool, attn: str,
+) -> "CheckReport":  # fmt: skip
+    from transformers.utils import logging as hf_logging
+
+    from halfulp.check.examine import check as examine
+    from halfulp.cli.load import load_model
+
+    logging.getLogger("halfulp").setLevel(logging.ERROR)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    words = [w.strip() for w in formats.split(",") if w.strip()]
+    _check_numbers(words, budget, lr, probes, attn)
+    loaded = load_model(where, data=data, tokenizer=tokenizer, tokens=tokens, seed=seed)
+    with _Steps() as steps:
+        report = examine(
+            loaded.model, loaded.text, held_out=loaded.held_out, formats=words, budget=budget,
+            target=target, lr=lr, hardware=hardware, pins=_pins(pins), probes=probes, seed=seed,
+            attention=attn, kernels=kernels, progress=steps.say,
+        )  # fmt: skip
+    return replace(report, model=f"{where} ({report.model})", notes=loaded.notes + report.notes)
+
+
+def _check_numbers(words: Sequence[str], budget: float, lr: float, probes: int, attn: str) -> None:
+    if not words:
+        raise ConfigError("--formats is empty. Give for example bf16,e4m3.")
+    if not (math.isfinite(budget) and budget > 0):
+        raise ConfigError(f"--budget {budget} is no positive number of nats per token.")
+    if not (math.isfinite(lr) and lr > 0):
+        raise ConfigError(f"--lr {lr} is no positive learning rate.")
+    if probes < 1:
+        raise ConfigError(f"--probes {probes} is none. Give 1 or more.")
+    if attn not in ("eager", "sdpa"):
+        raise ConfigError(f"--attn {attn!r} is unknown. Give eager or sdpa.")
+
+
+def _pins(pairs: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        glob, equals, rule = pair.partition("=")
+        if not (equals and glob.strip() and rule.strip()):
+            raise ConfigError(f"--pin {pair!r} is not understood. Write GLOB=never below bf16.")
+        found[glob.strip()] = rule.strip()
+    return found
+
+
+class _Steps:
+    """What is being done at the moment: a spinner on a terminal, plain lines elsewhere."""
+
+    def __enter__(self) -> "_Steps":
+        from halfulp.cli.show import is_live
+
+        self.status = None
+        if is_live():
+            from rich.console import Console
+
+            self.status = Console().status("reading")
+            self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.status is not None:
+            self.status.stop()
+
+    def say(self, what: str) -> None:
+        if self.status is not None:
+            self.status.update(what)
+        else:
+            print(f"… {what}", file=sys.stderr, flush=True)
+
+
+def _print(report: "CheckReport") -> None:
+    from halfulp.check.report import KL_IS_CHANGE
+    from halfulp.cli.show import print_table
+
+    print(
+        f"{report.model}: {report.tokens} tokens, loss {_text(report.loss_nats)} nats/token, "
+        f"entropy {_text(report.entropy_nats)}, median top-2 margin {_text(report.median_margin)}, "
+        f"reference {report.reference}, seed {report.seed}"
+    )
+    for note in report.notes:
+        print(f"note: {note}")
+    columns = (
+        "format", "sites", "KL predicted", "KL measured", "ratio", "flips predicted",
+        "flips measured", "range", "grade",
+    )  # fmt: skip
+    print("\nEvery stored tensor in one format (KL in nats/token)")
+    print_table(columns, [_cells(r) for r in report.uniform])
+    print("\nOnly the operands of the GEMMs")
+    print_table(columns, [_cells(r) for r in report.operands])
+    for row in (*report.uniform, *report.operands):
+        if row.ratio == row.ratio and not 0.5 <= row.ratio <= 2:
+            print(f"{row.name}: predicted and measured disagree. {_likely(row)}")
+    _print_sites(report)
+    _print_plan(report)
+    _print_training(report)
+    _print_findings(report)
+    for kernel in report.kernels:
+        print(kernel)
+    print(f"\n{report.seconds:.1f} s, the time of {report.forwards:.0f} forward passes.")
+    if report.asked is not None:
+        print_table(columns, [_cells(report.asked)])
+        if report.asked.why:
+            print(f"no prediction: {report.asked.why}")
+    print(f"{report.verdict.status}: {report.verdict.sentence} {KL_IS_CHANGE}")
+
+
+def _likely(row: "Row") -> str:
+    if row.range_events:
+        return "Some elements are out of range."
+    if not row.predicted_kl > 1e-9:
+        return "Both are near the noise of fp32."
+    return "Errors agree in direction, or the list of sites is incomplete; trust the measured one."
+
+
+def _cells(row: "Row") -> tuple[str, ...]:
+    return (
+        row.name, str(row.sites), _text(row.predicted_kl), _text(row.measured_kl),
+        _text(row.ratio, 2), _share(row.predicted_flips), _share(row.measured_flips),
+        str(row.range_events or ""), row.grade,
+    )  # fmt: skip
+
+
+def _print_sites(report: "CheckReport") -> None:
+    from halfulp.cli.show import print_table
+
+    print(f"\nThe costliest sites in {report.focus}")
+    rows = [
+        (s.name, s.block, _text(s.kl), f"{s.share:.1%}", f"{s.cumulative:.1%}", s.crosses, s.reason)
+        for s in report.sites
+    ]
+    columns = ("site", "block", "KL", "share", "together", "over budget in", "why")
+    print_table(columns, rows)
+    kept = ", ".join(f"{kind} {_text(kl)}" for kind, kl in report.keep.items())
+    print(f"KL that is left of {report.focus} if one kind stays exact: {kept}")
+    print(f"\nLowest safe format per block for {report.budget:g} nats/token")
+    safe = [(s.block, s.alone, s.together) for s in report.lowest_safe]
+    print_table(("block", "alone", "all blocks at once"), safe)
+
+
+def _print_plan(report: "CheckReport") -> None:
+    plan = report.plan
+    print(
+        f"\nPlan for {report.budget:g} nats/token: {plan.average_bits:.1f} bits per operand, KL "
+        f"predicted {_text(plan.predicted_kl)}, measured {_text(plan.measured_kl)}, on held-out "
+        f"text {_text(plan.held_out_kl)} (flips {_share(plan.held_out_flips)})"
+    )
+    if len(plan.tries) > 1:
+        tries = ", ".join(_text(t) for t in plan.tries)
+        print(f"planned again because the first plan measured above the budget: aims {tries}")
+    everywhere = {e.format: e.why for e in plan.excluded if e.group == "*"}
+    for fmt, why in everywhere.items():
+        print(f"not used: {fmt}, because {why}")
+    for change in report.what_if:
+        print(f"what if: {change}")
+
+
+def _print_training(report: "CheckReport") -> None:
+    from halfulp.cli.show import print_table
+
+    if report.updates is None:
+        return
+    print("\nBackward GEMMs: relative error, median over GEMMs (worst), and how many are biased")
+    print_table(("format", "product", "predicted", "measured", "biased"), _backward(report))
+    print(f"\nOne AdamW step at lr {report.updates.lr:g} with weights stored in few bits")
+    rows = [
+        (w.block, w.format, _share(w.lost_updates), _share(w.lost_decay), _text(w.lr_half),
+         _text(w.lr_stop))
+        for w in report.updates.weights
+    ]  # fmt: skip
+    columns = (
+        "block",
+        "weights",
+        "updates lost",
+        "decay lost",
+        "half lost below lr",
+        "no learning below lr",
+    )
+    print_table(columns, [r for r in rows if r[1] == "bf16" or r[0] == "all"])
+
+
+def _backward(report: "CheckReport") -> list[tuple[str, ...]]:
+    from statistics import median
+
+    groups: dict[tuple[str, str], list] = {}
+    for row in report.backward:
+        groups.setdefault((row.format, row.which), []).append(row)
+    lines = []
+    for (fmt, which), rows in groups.items():
+        pairs = [
+            [x for r in rows if math.isfinite(x := getattr(r, name))]
+            for name in ("predicted_rel", "measured_rel")
+        ]
+        said = [f"{median(xs):.2g} ({max(xs):.2g})" if xs else "–" for xs in pairs]
+        lines.append((fmt, which, *said, f"{sum(r.biased for r in rows)} of {len(rows)}"))
+    return lines
+
+
+def _print_findings(report: "CheckReport") -> None:
+    kinds: dict[str, list] = {}
+    for finding in report.findings:
+        kinds.setdefault(finding.kind, []).append(finding)
+    if kinds:
+        print()
+    for kind, found in kinds.items():
+        worst = max(found, key=lambda f: abs(f.value) if f.value == f.value else 0.0)
+        more = f" ({len(found)} such findings, the largest shown)" if len(found) > 1 else ""
+        print(f"{kind}: {worst.text}{more}")
+
+
+def _explain(report: "CheckReport", name: str) -> None:
+    from halfulp.cli.show import print_table
+
+    site = report.site(name)
+    print(
+        f"\n{site.name}: {site.kind} in {site.block}, made by {site.op}, shape {site.shape}, "
+        f"largest magnitude {_text(site.amax)}"
+    )
+    rows = [
+        (f, _text(kl), _text(site.kl_stochastic[f]), _share(site.flushed[f]),
+         _share(site.saturated[f]), _text(site.shrinkage[f]), _text(site.z[f], 1),
+         " ".join(_text(h) for h in site.heads.get(f, ())))
+        for f, kl in site.kl.items()
+    ]  # fmt: skip
+    columns = (
+        "format", "KL", "KL stochastic", "become 0", "too large", "shrinkage", "z", "KL per head",
+    )  # fmt: skip
+    print_table(columns, rows)
+
+
+def _write(report: "CheckReport", policy: Path, html: Path | None, json_: Path | None) -> None:
+    policy.write_text(report.plan.policy, encoding="utf-8")
+    print(f"policy: {policy} (halfulp train --policy {policy})")
+    if json_ is not None:
+        json_.write_text(report.to_json() + "\n", encoding="utf-8")
+        print(f"figures: {json_}")
+    if html is not None:
+        from halfulp.report.check_page import write_check
+
+        path = write_check(report, html, name=report.model, force=True, command=_command())
+        print(f"page: {path}")
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["halfulp", *sys.argv[1:]])
+
+
+def _text(value: float, digits: int = 0) -> str:
+    """Two significant digits (or so many decimals), a dash for what is not known."""
+    if value != value:
+        return "–"
+    return f"{value:.{digits}f}" if digits else f"{value:.3g}"
+
+
+def _share(value: float) -> str:
+    return "–" if value != value else f"{value:.2%}"
