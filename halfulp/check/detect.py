@@ -26,7 +26,7 @@ class Finding:
     """One thing to tell the user.
 
     `kind`: nonlinear | shrinkage | bias | saturated | overflow | flushed | unknown | unpriced |
-    zero | mask | rope | router | nonfinite. `value` is the number behind it, in the unit of its kind.
+    zero | mask | rope | router | nonfinite. `value` is the number behind it, in its kind's unit.
     """
 
     kind: str
