@@ -15,23 +15,28 @@ from halfulp.check import measure as runs
 from halfulp.check.backward import GemmError, gemm_errors
 from halfulp.check.detect import (
     UNPRICED_LIMIT,
-    Finding,
     beyond_linear,
     detect,
     guard,
     half_precision,
 )
-from halfulp.check.formats import format_bits
 from halfulp.check.groups import gemm_groups
 from halfulp.check.kernels import check_kernels
-from halfulp.check.plan import LowestSafe, Plan, lowest_safe, plan
+from halfulp.check.plan import Plan, lowest_safe, plan
 from halfulp.check.prices import Prices, price
 from halfulp.check.profile import DepthProfile, profile_depth
-from halfulp.check.reasons import reason
 from halfulp.check.reference import Reference, distance, predicted_flips
-from halfulp.check.report import CheckReport, PlanRow, Row, SiteDetail, SiteRow, Verdict
+from halfulp.check.report import CheckReport, PlanRow, Row, Verdict
 from halfulp.check.setup import Batch, prepare, run
-from halfulp.check.survey import Survey, first_difference, fp32_copy, survey
+from halfulp.check.survey import first_difference, fp32_copy, survey
+from halfulp.check.tables import (
+    confidence,
+    costliest,
+    details,
+    findings_of,
+    heat,
+    keep_exact,
+)
 from halfulp.check.targets import PolicyTarget, is_program, load_target
 from halfulp.check.trace import Trace, trace
 from halfulp.check.updates import UpdateSheet, update_sheet
@@ -39,7 +44,7 @@ from halfulp.errors import CheckError, ConfigError
 from halfulp.policy import Policy
 
 DEFAULT_FORMATS = ("bf16", "fp16", "e4m3", "e5m2", "mxfp8", "nvfp4", "int8")
-TOP_SITES, TOP_CHANGES, TRIES = 20, 5, 3
+TRIES = 3
 _ALTERNATIVES = 16
 Progress = Callable[[str], None]
 
@@ -188,17 +193,17 @@ def _judge(
         "operands": narrow,
         "asked": row,
         "focus": focus,
-        "sites": _sites(asked, prices, stored, focus, seen),
-        "heat": _heat(prices, stored, asked.formats),
-        "confidence": _confidence(prices, stored, asked.formats),
+        "sites": costliest(prices, stored, focus, seen, formats=asked.formats, budget=asked.budget),
+        "heat": heat(prices, stored, asked.formats),
+        "confidence": confidence(prices, stored, asked.formats),
         "lowest_safe": lowest_safe(
             groups, asked.budget, formats=asked.formats, pins=pins, hardware=hardware
         ),
         "plan": planned[1],
         "what_if": planned[0].what_if,
-        "keep": _keep(prices, stored, focus),
-        "every_site": _details(prices, asked.formats, seen),
-        "findings": (*guards, *_of(detect(prices), {*stored, *operands})),
+        "keep": keep_exact(prices, stored, focus),
+        "every_site": details(prices, asked.formats, seen),
+        "findings": (*guards, *findings_of(detect(prices), {*stored, *operands})),
     }
 
 
@@ -343,102 +348,6 @@ def _focus(asked: _Asked, uniform: Sequence[Row], target: str) -> str:
     return next(over, asked.formats[-1])
 
 
-def _sites(
-    asked: _Asked, prices: Prices, names: Sequence[str], focus: str, seen: Survey
-) -> tuple[SiteRow, ...]:
-    column = prices.kl[:, prices.formats.index(focus)]
-    found = {s.info.name: s for s in seen.sites}
-    members = [prices.index(n) for n in names]
-    priced = [i for i in members if column[i] == column[i]]
-    total = math.fsum(column[i].item() for i in priced) or math.nan
-    widest = sorted(asked.formats, key=format_bits, reverse=True)
-    rows, cumulative = [], 0.0
-    for i in sorted(priced, key=lambda i: -column[i].item())[:TOP_SITES]:
-        kl, site = column[i].item(), prices.sites[i]
-        cumulative += kl
-        over = [w for w in widest if prices.kl[i, prices.formats.index(w)] > asked.budget]
-        rows.append(
-            SiteRow(
-                name=site.name,
-                block=site.block,
-                kind=site.kind,
-                kl=kl,
-                share=kl / total,
-                cumulative=cumulative / total,
-                crosses=over[0] if over else "",
-                reason=reason(prices, i, focus, found.get(site.name)),
-            )
-        )
-    return tuple(rows)
-
-
-def _heat(
-    prices: Prices, names: Collection[str], formats: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    kept, heat = set(names), {}
-    for i, site in enumerate(prices.sites):
-        if site.name in kept:
-            cells = heat.setdefault(site.block, dict.fromkeys(formats, 0.0))
-            for word in formats:
-                kl = prices.kl[i, prices.formats.index(word)].item()
-                cells[word] += kl if kl == kl else 0.0
-    return heat
-
-
-def _of(findings: Sequence[Finding], names: Collection[str]) -> tuple[Finding, ...]:
-    """Those about sites that a low-precision program rounds, and those about no site of a format."""
-    return tuple(f for f in findings if not f.format or f.site in names)
-
-
-def _details(prices: Prices, formats: Sequence[str], seen: Survey) -> tuple[SiteDetail, ...]:
-    columns = {word: prices.formats.index(word) for word in formats}
-    amaxes = {s.info.name: s.amax for s in seen.sites}
-
-    def cells(table: Tensor, i: int) -> dict[str, float]:
-        return {word: table[i, j].item() for word, j in columns.items()}
-
-    return tuple(
-        SiteDetail(
-            name=site.name, family=site.family, block=site.block, kind=site.kind, op=site.op,
-            shape=site.shape, amax=amaxes.get(site.name, math.nan), kl=cells(prices.kl, i),
-            kl_stochastic=cells(prices.kl_stochastic, i), flushed=cells(prices.flushed, i),
-            saturated=cells(prices.saturated, i), shrinkage=cells(prices.shrinkage, i),
-            z=cells(prices.z, i), heads=_heads(prices, site.name, columns),
-        )
-        for i, site in enumerate(prices.sites)
-    )  # fmt: skip
-
-
-def _heads(prices: Prices, name: str, columns: Mapping[str, int]) -> dict[str, tuple[float, ...]]:
-    if name not in prices.heads:
-        return {}
-    return {word: tuple(prices.heads[name][:, j].tolist()) for word, j in columns.items()}
-
-
-def _confidence(
-    prices: Prices, names: Sequence[str], formats: Sequence[str]
-) -> dict[str, tuple[float, float]]:
-    """Lowest and highest total that a single probe gives."""
-    members = [prices.index(n) for n in names]
-    totals = prices.kl_probes[:, members].nan_to_num(nan=0.0, posinf=math.inf).sum(1)
-    columns = {word: totals[:, prices.formats.index(word)] for word in formats}
-    return {word: (t.min().item(), t.max().item()) for word, t in columns.items()}
-
-
-def _keep(prices: Prices, names: Sequence[str], focus: str) -> dict[str, float]:
-    """What is left of the KL in `focus` when one kind stays exact: the five that buy most."""
-    j, by_kind = prices.formats.index(focus), {}
-    for n in names:
-        i = prices.index(n)
-        kl = prices.kl[i, j].item()
-        by_kind[prices.sites[i].kind] = by_kind.get(prices.sites[i].kind, 0.0) + (
-            kl if kl == kl else 0
-        )
-    total = math.fsum(by_kind.values())
-    best = sorted(by_kind, key=lambda kind: -by_kind[kind])[:TOP_CHANGES]
-    return {kind: total - by_kind[kind] for kind in best}
-
-
 def _around(asked: _Asked, lr: float | None, profile: bool) -> dict[str, Any]:
     """Depth profile, backward GEMMs and the optimizer's step."""
     found: dict[str, DepthProfile | UpdateSheet | tuple[GemmError, ...]] = {}
@@ -499,6 +408,3 @@ def _forward_seconds(asked: _Asked) -> float:
         start = time.perf_counter()
         run(asked.model, asked.batch)
         return time.perf_counter() - start
-
-
-__all__ = ["DEFAULT_FORMATS", "LowestSafe", "check"]
