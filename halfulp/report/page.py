@@ -4,16 +4,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from halfulp.errors import RunError
 from halfulp.report import words
 from halfulp.report.counters import COUNTERS, Counter, Strip, strip
 from halfulp.report.curves import loss_figure
+from halfulp.report.document import claim, document, figure_card, save
 from halfulp.report.findings import BAR_NATS, Finding, judge_all
-from halfulp.report.html import Child, Markup, escape, join, tag
+from halfulp.report.html import Child, Markup, join, tag
 from halfulp.report.price import FAIL, PASS, UNKNOWN, Price, price_all
 from halfulp.report.read import Record, read_runs
 from halfulp.report.strips import hidden_blocks, strip_figure
-from halfulp.report.style import CSS
 from halfulp.report.tables import (
     command_table,
     differences_table,
@@ -39,22 +38,10 @@ def write_report(
     The page needs no network and no script, and has the same bytes for the same runs.
     RunError if `out` exists and `force` is not given, or for paths that are no runs.
     """
-    out = Path(out)
-    if out.is_dir() or (out.exists() and not force):
-        cure = "Name a file." if out.is_dir() else "Give another name or force."
-        raise RunError(f"the report is to be written to {out}, which exists. {cure}")
+    out = claim(out, force=force)
     prices = price_all(read_runs(runs), bar_nats)
     text = render_page(prices, judge_all(prices, bar_nats), title=title, bar_nats=bar_nats)
-    waiting = out.with_name(f"{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        waiting.write_text(text, encoding="utf-8")
-        waiting.replace(out)
-    except OSError as error:
-        raise RunError(
-            f"the report cannot be written to {out}: {error.strerror or error}. Give another place."
-        ) from error
-    return out
+    return save(text, out)
 
 
 def render_page(
@@ -77,26 +64,12 @@ def render_page(
         _made(records),
         _footer(prices, bar_nats),
     )
-    return f"<!DOCTYPE html>\n{_document(name, body)}\n"
+    return document(name, body)
 
 
 def _title(records: Sequence[Record]) -> str:
     names = words.listing([record.label for record in records], most=4)
     return names if len(records) == 1 else f"{len(records)} runs: {names}"
-
-
-def _document(title: str, body: Markup) -> Markup:
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    head = tag(
-        "head",
-        Markup('<meta charset="utf-8">'),
-        Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        Markup(f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'),
-        Markup('<link rel="icon" href="data:,">'),
-        tag("title", f"{title} · halfulp"),
-        tag("style", Markup(CSS)),
-    )
-    return tag("html", head, "\n", tag("body", body), lang="en")
 
 
 def _first_screen(prices: Sequence[Price], found: Sequence[Finding], title: str) -> Markup:
@@ -235,12 +208,7 @@ def _losses(prices: Sequence[Price], bar_nats: float) -> Markup | None:
         if paired
         else "The thin line is every step, the thick one their moving average."
     )
-    return join(tag("h2", "Loss"), _figure(drawing, caption))
-
-
-def _figure(drawing: Markup, *caption: Child) -> Markup:
-    inside = tag("div", drawing, class_="scroll")
-    return tag("figure", inside, tag("figcaption", *caption), class_="card")
+    return join(tag("h2", "Loss"), figure_card(drawing, caption))
 
 
 def _counters(records: Sequence[Record]) -> Markup | None:
