@@ -12,7 +12,7 @@ from halfulp.cli.progress import Progress
 from halfulp.cli.show import worst_counter
 from halfulp.run import Run
 
-COMMANDS = ("demo", "train", "report", "recipes", "formats", "info")
+COMMANDS = ("demo", "train", "check", "report", "recipes", "formats", "info")
 TINY = (
     *("train", "--model", "llama-tiny", "--steps", "4"),
     *("--set", "model.hidden=32", "--set", "train.rows=2", "--set", "data.length=32"),

@@ -116,10 +116,6 @@ def check(
     )  # fmt: skip
     start = time.perf_counter()
     made = _judge(asked, target, hardware, pins or {}, probes, rows, seed)
-    if attention != "eager":
-        made["notes"] = (
-            "With fused attention, scores and probabilities live in registers and are no sites.",
-        )
     training: dict[str, Any] = {}
     if profile or lr is not None:
         training = _around(asked, lr, profile)
@@ -128,7 +124,7 @@ def check(
         training["kernels"] = tuple(check_kernels(seed=seed))
     seconds = time.perf_counter() - start
     return CheckReport(
-        **{**made, "notes": (*notes, *made.pop("notes", ()))},
+        **made | {"notes": (*notes, *made["notes"])},
         **training,
         model=type(model).__name__,
         reference=str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -159,22 +155,24 @@ def _judge(
     policy = None if target is None or program else load_target(model, target, blocks)
     asked.say("pricing")
     words = tuple(dict.fromkeys([*asked.formats, *(policy.words if policy else ())]))
-    families = ("stored", "operand", "cast") if program else ("stored", "operand")
+    bf16 = trace(model, batch, "bf16", hints=hints, attention=asked.attention)
+    ran = _traced(asked, str(target), bf16) if program else None
+    rounded = bf16.names | (ran.names if ran else frozenset())
+    if policy is not None:
+        rounded |= {f"weight:{module}.{p}" for module in policy.tables for p in ("weight", "bias")}
     prices = price(
-        model, batch, formats=words, families=families, probes=probes, rows=rows, seed=seed,
-        hints=hints, attention=asked.attention,
+        model, batch, formats=words, families=("operand",), sites=rounded, probes=probes,
+        rows=rows, seed=seed, hints=hints, attention=asked.attention,
     )  # fmt: skip
     ref = prices.reference
     _check_reproducible(asked, ref)
-    asked.say("dtype trace")
-    bf16 = trace(model, batch, "bf16", hints=hints, attention=asked.attention)
     stored = [s.name for s in prices.sites if s.family == "stored" and s.name in bf16.names]
     operands = [s.name for s in prices.sites if s.family == "operand"]
     uniform = tuple(_uniform(asked, prices, stored, word, "stored") for word in asked.formats)
     narrow = tuple(_uniform(asked, prices, operands, word, "operands") for word in asked.formats)
     row = None
-    if program:
-        row = _program(asked, prices, str(target), bf16)
+    if ran is not None:
+        row = _program(asked, prices, ran)
     elif policy is not None:
         row = _policy(asked, prices, policy, name)
     groups = gemm_groups(prices, blocks)
@@ -203,8 +201,23 @@ def _judge(
         "what_if": planned[0].what_if,
         "keep": keep_exact(prices, stored, focus),
         "every_site": details(prices, asked.formats, seen),
-        "findings": (*guards, *findings_of(detect(prices), {*stored, *operands})),
+        "notes": _notes(asked, policy),
+        "findings": (*guards, *findings_of(detect(prices), {*stored, *operands}, asked.formats)),
     }
+
+
+def _notes(asked: _Asked, policy: PolicyTarget | None) -> tuple[str, ...]:
+    said = []
+    if asked.attention != "eager":
+        said.append(
+            "With fused attention, scores and probabilities live in registers and are no sites."
+        )
+    if policy is not None and policy.accumulates:
+        said.append(
+            "The target sums in short accumulators, which have no price: its prediction is that of "
+            "its operands alone, its measurement is of both."
+        )
+    return tuple(said)
 
 
 def _check_reproducible(asked: _Asked, ref: Reference) -> None:
@@ -256,19 +269,23 @@ def _row(
     )
 
 
-def _program(asked: _Asked, prices: Prices, target: str, bf16: Trace) -> Row:
-    asked.say(target)
-    options = {"hints": asked.hints, "attention": asked.attention}
-    found = bf16 if target == "bf16" else trace(asked.model, asked.batch, target, **options)
-    priced = {s.name for s in prices.sites}
-    assignment = {n: found.format for n in found.names if n in priced}
+def _traced(asked: _Asked, target: str, bf16: Trace) -> Trace:
+    if target == "bf16":
+        return bf16
+    return trace(asked.model, asked.batch, target, hints=asked.hints, attention=asked.attention)
+
+
+def _program(asked: _Asked, prices: Prices, ran: Trace) -> Row:
+    asked.say(ran.target)
     measured = runs.measure_target(
-        asked.model, asked.batch, target, prices.reference, attention=asked.attention
+        asked.model, asked.batch, ran.target, prices.reference, attention=asked.attention
     )
-    if found.format not in prices.formats:
-        why = f"{found.format} is not among the formats that were priced."
-        return _row(prices, target, {}, measured, why)
-    return _row(prices, target, assignment, measured)
+    if ran.format not in prices.formats:
+        why = f"{ran.format} is not among the formats that were priced."
+        return _row(prices, ran.target, {}, measured, why)
+    priced = {s.name for s in prices.sites}
+    assignment = {n: ran.format for n in ran.names if n in priced}
+    return _row(prices, ran.target, assignment, measured)
 
 
 def _policy(asked: _Asked, prices: Prices, target: PolicyTarget, name: str) -> Row:
@@ -277,8 +294,7 @@ def _policy(asked: _Asked, prices: Prices, target: PolicyTarget, name: str) -> R
         asked.model, asked.batch, target.policy, prices.reference, hints=asked.hints,
         allow_partial=True,
     )  # fmt: skip
-    why = f"{' and '.join(target.unpriced)} have no price." if target.unpriced else ""
-    return _row(prices, name, target.plan(prices), measured, why)
+    return _row(prices, name, target.plan(prices), measured, target.why)
 
 
 def _plan(
@@ -293,7 +309,7 @@ def _plan(
         found = runs.measure_policy(asked.model, asked.batch, policy, ref, hints=asked.hints)
         if found.kl <= asked.budget or len(tries) == TRIES or not math.isfinite(found.kl):
             break
-        aim *= 0.95 * asked.budget / found.kl
+        aim *= 0.98 * asked.budget / found.kl
     fresh = _held_out(asked, policy)
     return made, PlanRow(
         formats=made.formats,
@@ -329,9 +345,11 @@ def _verdict(asked: _Asked, prices: Prices, row: Row | None, planned: PlanRow) -
     kl = planned.measured_kl if row is None else row.measured_kl
     what = "the plan" if row is None else row.name
     flips = planned.measured_flips if row is None else row.measured_flips
+    if not math.isfinite(kl):
+        return Verdict(status="fail", sentence=f"{what} makes logits that are inf or NaN.")
     fits = kl <= asked.budget
     sentence = (
-        f"{what} costs {kl:.2g} nats/token and changes {flips:.1%} of the next-token choices, "
+        f"{what} costs {kl:.2g} nats/token and changes {flips:.2%} of the next-token choices, "
         f"{'within' if fits else 'above'} the budget of {asked.budget:g}."
     )
     if row is None:
@@ -405,6 +423,9 @@ def _loss(ref: Reference, batch: Batch) -> float:
 
 def _forward_seconds(asked: _Asked) -> float:
     with prepare(asked.model, attention=asked.attention), torch.no_grad():
-        start = time.perf_counter()
-        run(asked.model, asked.batch)
-        return time.perf_counter() - start
+        taken = []
+        for _ in range(3):
+            start = time.perf_counter()
+            run(asked.model, asked.batch)
+            taken.append(time.perf_counter() - start)
+    return min(taken)

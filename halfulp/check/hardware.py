@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 
 from halfulp.check.formats import format_quantizer
-from halfulp.errors import CheckError
+from halfulp.errors import ConfigError
 from halfulp.numerics.quantizer import Quantizer
 
 
@@ -59,14 +59,14 @@ def hardware_names() -> tuple[str, ...]:
 def load_hardware(name: str) -> Hardware:
     """The machine `name`, also by the names of its chips ("h100").
 
-    Raises CheckError naming the nearest ones.
+    Raises ConfigError naming the nearest ones.
     """
     table = _table()
     known = {also: key for key, entry in table.items() for also in (key, *entry.get("also", ()))}
     key = known.get(name.lower().replace("-", "_").replace(" ", "_"))
     if key is None:
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4) or list(table)
-        raise CheckError(
+        raise ConfigError(
             f"hardware {name!r} is unknown. Nearest: {', '.join(near)}. "
             f"The table has {', '.join(table)}; 'any' allows every format."
         )

@@ -141,12 +141,13 @@ def program(
     with prepare(model, attention=attention):
         device = next(model.parameters()).device.type
         context = torch.autocast(device, dtype=dtype) if autocast else nullcontext()
-        low = model if autocast else _cast_copy(model, dtype, buffers)
+        low = model if autocast else low_copy(model, dtype, buffers=buffers)
         with context:
             yield low
 
 
-def _cast_copy(model: nn.Module, dtype: torch.dtype, buffers: bool) -> nn.Module:
+def low_copy(model: nn.Module, dtype: torch.dtype, *, buffers: bool = False) -> nn.Module:
+    """A copy whose parameters and persistent buffers are of `dtype`; with `buffers` all buffers."""
     low = copy.deepcopy(model)
     for module in low.modules():
         for p in module._parameters.values():

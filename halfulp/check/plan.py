@@ -21,7 +21,7 @@ from halfulp.check.formats import format_bits
 from halfulp.check.groups import Group
 from halfulp.check.hardware import load_hardware
 from halfulp.check.plan_policy import policy_toml
-from halfulp.errors import CheckError
+from halfulp.errors import CheckError, ConfigError
 from halfulp.policy import Policy
 
 EXACT = "fp32"
@@ -134,7 +134,7 @@ def plan(
       only formats it multiplies with themselves remain.
     * A price of NaN is unknown: such a format is excluded, never taken to be free.
 
-    Raises CheckError for a budget that is no positive number, a pin that matches nothing or does
+    Raises ConfigError for a budget that is no positive number, a pin that matches nothing or does
     not parse, and a group that is left without any format.
     """
     _check_budget(budget)
@@ -278,7 +278,7 @@ def _short(value: float) -> str:
 
 def _check_budget(budget: float) -> None:
     if not (math.isfinite(budget) and budget > 0):
-        raise CheckError(
+        raise ConfigError(
             f"budget = {budget} is no positive number of nats per token. Give for example 1e-3, "
             "which changes about 2 % of the most likely next tokens."
         )
@@ -294,7 +294,7 @@ def _words(groups: Sequence[Group], formats: Sequence[str] | None) -> list[str]:
     if formats is not None:
         missing = [w for w in formats if w not in priced and w != EXACT]
         if missing:
-            raise CheckError(
+            raise ConfigError(
                 f"format {missing[0]!r} is not priced for any group; priced are "
                 f"{', '.join(priced)}. Add it to the formats that are priced."
             )
@@ -316,7 +316,7 @@ def _narrow(
         allowed[g.name] = {w for w in words if not reasons[w] and not refused[w]}
         if not allowed[g.name]:
             told = "; ".join(f"{w}: {refused[w] or reasons[w]}" for w in words)
-            raise CheckError(f"no format is left for {g.name} ({told}). Loosen its pin.")
+            raise ConfigError(f"no format is left for {g.name} ({told}). Loosen its pin.")
     return allowed, tuple(excluded)
 
 
@@ -336,7 +336,7 @@ def _parse_pins(
     for glob, pin in {**pins, **{k: v for k, v in DEFAULT_PINS.items() if k not in pins}}.items():
         match = _PIN.fullmatch(pin)
         if match is None:
-            raise CheckError(
+            raise ConfigError(
                 f"pin {glob!r} = {pin!r} is not understood. Write 'never below bf16', "
                 "'exactly bf16' or 'free'."
             )
@@ -344,7 +344,7 @@ def _parse_pins(
             format_bits(match[2])
         if glob in pins and not any(fnmatchcase(n, glob) for n in names):
             near = difflib.get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
-            raise CheckError(f"pin {glob!r} matches no group. Nearest names: {', '.join(near)}.")
+            raise ConfigError(f"pin {glob!r} matches no group. Nearest names: {', '.join(near)}.")
         result.append((glob, match[1] or "", match[2]))
     return result
 

@@ -9,6 +9,7 @@ through gradient hooks; nothing of the backward pass is kept.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,11 @@ class Prices:
 
     def index(self, name: str) -> int:
         """The row of the site called `name`; KeyError if there is none."""
-        return {site.name: i for i, site in enumerate(self.sites)}[name]
+        return self._rows[name]
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {site.name: i for i, site in enumerate(self.sites)}
 
     def total(self, fmt: str, names: Collection[str] | None = None) -> float:
         """Sum of the prices of the named sites (all) in `fmt`; unknown ones are left out."""
@@ -79,8 +84,8 @@ def price(
     batch: Batch,
     *,
     formats: Sequence[str] = DEFAULT_FORMATS,
-    families: Collection[str] = ("stored",),
-    sites: Collection[str] | None = None,
+    families: Collection[str] | None = None,
+    sites: Collection[str] = (),
     probes: int = 2,
     seed: int = 0,
     rows: float = 1.0,
@@ -88,8 +93,9 @@ def price(
     hints: Mapping[str, str] | None = None,
     attention: str = "eager",
 ) -> Prices:
-    """Price every site of `families` (or just the named `sites`) in every format.
+    """Price every site of `families` and the named `sites` in every format.
 
+    * Without either, the stored sites are priced.
     * Costs one forward pass and probes + 1 backward passes (`margins` is the last one) plus a pass
       over the data per format and probe. The model is unchanged afterwards.
     * `rows` < 1 uses a random share of the rows of large tensors, scaled up: unbiased.
@@ -98,8 +104,11 @@ def price(
     reference run that is not finite, and when no asked site exists.
     """
 
+    named = frozenset(sites)
+    kinds = families if families is not None else () if named else ("stored",)
+
     def wanted(info: SiteInfo) -> bool:
-        return info.name in sites if sites is not None else info.family in families
+        return info.name in named or info.family in kinds
 
     roundings = [Rounding.of(word) for word in formats]
     for link in (True, False):

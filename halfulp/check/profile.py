@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from halfulp.blocks import BlockMap, block_map, layer_of
+from halfulp.check.measure import low_copy
 from halfulp.errors import CheckError
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
@@ -84,9 +85,9 @@ def profile_depth(
 ) -> DepthProfile:
     """The profile of `model` on `inputs` (token ids [B, T], or what the model takes).
 
-    `low`: the dtype of the run that is compared with fp64 (see `low_copy`), or a function from a
-    copy of the model to the model that runs. `hints` as in halfulp.blocks. The model stays as it
-    was.
+    `low`: the dtype of the run that is compared with fp64 (as halfulp.check.measure.low_copy makes
+    it), or a function from a copy of the model to the model that runs. `hints` as in
+    halfulp.blocks. The model stays as it was.
 
     Raises CheckError for a model without layers, PolicyError for one that has no block map.
     """
@@ -94,7 +95,7 @@ def profile_depth(
     reference = stream(reference_copy(model), inputs, blocks, in_fp64=True)
     name = _dtype_name(low)
     typed = isinstance(low, torch.dtype)
-    run = low_copy(model, low) if typed else low(copy.deepcopy(model).eval())
+    run = low_copy(model, low).eval() if typed else low(copy.deepcopy(model).eval())
     measured = stream(run, inputs, blocks)
     points = tuple(_point(k, x, measured[k].double()) for k, x in reference.items())
     return DepthProfile(dtype=name, points=points, omegas=omegas(model, blocks))
@@ -103,25 +104,6 @@ def profile_depth(
 def reference_copy(model: nn.Module) -> nn.Module:
     """A copy in fp64 and eval mode; run it inside `fp64()`."""
     return copy.deepcopy(model).double().eval()
-
-
-def low_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in eval mode whose parameters and persistent buffers are of `dtype`.
-
-    Other buffers (RoPE's frequencies) stay as they are, as `from_pretrained(dtype=…)` leaves them;
-    `model.to(dtype)` casts them too, which ruins the angles of bf16 models.
-    """
-    low = copy.deepcopy(model).eval()
-    kept = {
-        f"{path}.{name}".lstrip("."): module._buffers[name]
-        for path, module in low.named_modules()
-        for name in module._non_persistent_buffers_set
-    }
-    low = low.to(dtype)
-    for name, buffer in kept.items():
-        path, _, leaf = name.rpartition(".")
-        low.get_submodule(path)._buffers[leaf] = buffer
-    return low
 
 
 @contextmanager

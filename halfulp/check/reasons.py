@@ -27,6 +27,8 @@ def reason(prices: Prices, row: int, word: str, seen: Seen | None) -> str:
     """One line about site `row` of `prices` in format `word`; `seen` is its entry of the survey."""
     site, j = prices.sites[row], prices.formats.index(word)
     said = [_WHAT.get(site.kind, f"output of {site.op}")]
+    if site.kind == "norm" and site.op == "parameter":
+        said = ["scales or shifts a channel of every token"]
     flushed, shrinkage = prices.flushed[row, j].item(), prices.shrinkage[row, j].item()
     saturated = prices.saturated[row, j].item()
     if saturated > 0:

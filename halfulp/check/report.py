@@ -14,7 +14,7 @@ from halfulp.check.kernels import KernelReport
 from halfulp.check.plan import Excluded, LowestSafe, WhatIf
 from halfulp.check.profile import DepthProfile
 from halfulp.check.updates import UpdateSheet
-from halfulp.errors import CheckError
+from halfulp.errors import ConfigError
 
 SCHEMA = 1
 GRADES = (
@@ -176,11 +176,11 @@ class CheckReport:
         return self.verdict.exit_code
 
     def site(self, name: str) -> SiteDetail:
-        """The site called `name`; CheckError naming the nearest ones if there is none."""
+        """The site called `name`; ConfigError naming the nearest ones if there is none."""
         found = {s.name: s for s in self.every_site}
         if name not in found:
             near = difflib.get_close_matches(name, found, 3, 0.3) or list(found)[:3]
-            raise CheckError(f"there is no site {name!r}. Nearest: {', '.join(near)}.")
+            raise ConfigError(f"there is no site {name!r}. Nearest: {', '.join(near)}.")
         return found[name]
 
     def row(self, format: str) -> Row:

@@ -51,9 +51,11 @@ def costliest(
     return tuple(rows)
 
 
-def findings_of(findings: Sequence[Finding], names: Collection[str]) -> tuple[Finding, ...]:
-    """Those about the named sites, and those that are about no format."""
-    return tuple(f for f in findings if not f.format or f.site in names)
+def findings_of(
+    findings: Sequence[Finding], names: Collection[str], formats: Collection[str]
+) -> tuple[Finding, ...]:
+    """Those about the named sites and formats, and those that are about no format."""
+    return tuple(f for f in findings if not f.format or (f.site in names and f.format in formats))
 
 
 def details(prices: Prices, formats: Sequence[str], seen: Survey) -> tuple[SiteDetail, ...]:

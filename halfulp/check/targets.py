@@ -14,11 +14,12 @@ from torch import nn
 from halfulp.blocks import BlockMap
 from halfulp.check.measure import TARGETS
 from halfulp.check.prices import Prices
-from halfulp.errors import CheckError, PolicyError
+from halfulp.errors import ConfigError, PolicyError
 from halfulp.numerics.quantizer import Quantizer
-from halfulp.policy import Policy, Resolution, Rule, load_recipe, recipe_names
+from halfulp.policy import Policy, Resolution, Rule, load_recipe
 from halfulp.recipe import Recipe
 
+_TRANSFORMED = "operands under a Hadamard transform have no price."
 _GEMM_OPS = ("linear", "addmm", "matmul", "bmm", "baddbmm")
 
 
@@ -27,7 +28,8 @@ class PolicyTarget:
     """A policy with settled scales, and what it rounds in the forward pass of one model.
 
     `operands`: (gemm, "x" | "w") → quantizer; `outputs`: module of a linear → quantizer; `tables`:
-    name of a table's module → quantizer. `unpriced` says what no price stands for.
+    name of a table's module → quantizer. `accumulates`: some GEMM sums in a short accumulator,
+    which no price stands for. `why`: the reason that the whole cannot be predicted, or "".
     """
 
     policy: Policy
@@ -35,7 +37,8 @@ class PolicyTarget:
     operands: Mapping[tuple[str, str], Quantizer]
     outputs: Mapping[str, Quantizer]
     tables: Mapping[str, Quantizer]
-    unpriced: tuple[str, ...]
+    accumulates: bool
+    why: str
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -66,7 +69,7 @@ def is_program(target: str) -> bool:
 def load_target(model: nn.Module, target: str | Path | Policy, blocks: BlockMap) -> PolicyTarget:
     """The recipe or policy file `target`, for this model.
 
-    Raises PolicyError for a policy that does not fit the model, CheckError for an unknown name.
+    Raises PolicyError for a policy that does not fit the model, ConfigError for an unknown name.
     """
     policy = settled(_find(target))
     resolution = policy.resolve(blocks)
@@ -85,7 +88,8 @@ def load_target(model: nn.Module, target: str | Path | Policy, blocks: BlockMap)
         operands=operands,
         outputs=outputs,
         tables={name: q for name, q in tables.items() if not q.is_identity},
-        unpriced=_unpriced(resolution),
+        accumulates=any(d.spec.fprop_accumulate != "fp32" for d in resolution.gemms),
+        why="" if all(map(_priceable, operands.values())) else _TRANSFORMED,
     )
 
 
@@ -119,7 +123,7 @@ def _find(target: str | Path | Policy) -> Policy:
     try:
         load_recipe(text)
     except PolicyError as error:
-        raise CheckError(
+        raise ConfigError(
             f"target {text!r} is neither a program ({', '.join(TARGETS)}) nor a policy file nor a "
             f"recipe. {error}"
         ) from error
@@ -128,18 +132,3 @@ def _find(target: str | Path | Policy) -> Policy:
 
 def _priceable(q: Quantizer) -> bool:
     return not q.hadamard
-
-
-def _unpriced(resolution: Resolution) -> tuple[str, ...]:
-    said = []
-    specs = [d.spec for d in resolution.gemms]
-    if any(s.fprop_accumulate != "fp32" for s in specs):
-        said.append("short accumulators")
-    if any(q.hadamard for s in specs for q in (s.fprop_x, s.fprop_w)):
-        said.append("operands under a Hadamard transform")
-    return tuple(said)
-
-
-def known_targets() -> tuple[str, ...]:
-    """Programs and recipes, for messages."""
-    return (*TARGETS, *recipe_names())

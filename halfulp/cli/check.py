@@ -75,9 +75,9 @@ def check(
             probes, seed, kernels, attn,
         )  # fmt: skip
         _print(report)
+        _write(report, policy, html, json_)
         if explain:
             _explain(report, explain)
-        _write(report, policy, html, json_)
     except HalfulpError as error:
         error.exit_code = COULD_NOT_TELL if isinstance(error, CheckError) else WRONG_INPUT
         raise

@@ -65,11 +65,12 @@ def load_model(
     if weights is not None:
         notes += _stored(weights)
     corpus = open_data(config, cache_directory() / "data")
+    length = LENGTH if weights is None else min(LENGTH, _positions(weights))
     model = build_model(
         ModelConfig(preset=where if weights is None else str(weights)),
-        vocab=corpus.vocab, length=LENGTH, seed=seed,
+        vocab=corpus.vocab, length=length, seed=seed,
     ).model  # fmt: skip
-    pair = _text(corpus, tokens, seed, held_only=trained and not data)
+    pair = _text(corpus, tokens, length, seed, held_only=trained and not data)
     return Loaded(where, model.eval(), *pair, tuple(notes))
 
 
@@ -110,18 +111,26 @@ def _weights_of(path: Path) -> Path | None:
     return checkpoint.path_of(folder, max(steps))
 
 
+def _shape(path: Path) -> dict[str, Any]:
+    """config.json, or nothing where it is broken: build_model says what is wrong with it."""
+    try:
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _positions(path: Path) -> int:
+    """The longest sequence of the model, as far as its config.json says."""
+    shape = _shape(path)
+    found = (shape.get(n) for n in ("max_position_embeddings", "n_positions"))
+    return min((n for n in found if isinstance(n, int) and n > 0), default=LENGTH)
+
+
 def _stored(path: Path) -> list[str]:
     """What the weights on disk are, when they are not fp32; CheckError when they are quantized."""
     dtypes = {d for file in sorted(path.glob("*.safetensors")) for d in _dtypes(file)}
-    shape = path / "config.json"
-    content: Any = {}
-    if shape.is_file():
-        try:
-            content = json.loads(shape.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            content = {}  # build_model says what is wrong with it
-    if not isinstance(content, dict):
-        content = {}
+    content = _shape(path)
     quantized = sorted(dtypes & _INTEGERS)
     if quantized or "quantization_config" in content:
         how = ", ".join(quantized) or str(content["quantization_config"])[:80]
@@ -150,28 +159,31 @@ def _dtypes(file: Path) -> set[str]:
     return {v["dtype"] for v in header.values() if isinstance(v, dict) and "dtype" in v}
 
 
-def _text(corpus: Any, tokens: int, seed: int, *, held_only: bool) -> tuple[Tensor, Tensor]:
+def _text(
+    corpus: Any, tokens: int, length: int, seed: int, *, held_only: bool
+) -> tuple[Tensor, Tensor]:
     """Token ids of two texts that share no window: the first to price, the second to judge."""
     if tokens < LEAST_TOKENS:
         raise ConfigError(f"--tokens {tokens} is too few: give {LEAST_TOKENS} or more.")
-    wanted = math.ceil(tokens / LENGTH)
+    wanted = math.ceil(tokens / length)
     if not held_only:
-        return tuple(_rows(corpus, split, wanted, seed) for split in ("train", "val"))  # pyright: ignore
-    both = _rows(corpus, "val", 2 * wanted, seed)
+        first, second = (_rows(corpus, s, wanted, length, seed) for s in ("train", "val"))
+        return first, second
+    both = _rows(corpus, "val", 2 * wanted, length, seed)
     if len(both) < 2:
         raise DataError(
-            f"the run holds out {len(both)} window of {LENGTH} tokens, and two are needed. Give "
+            f"the run holds out {len(both)} window of {length} tokens, and two are needed. Give "
             "other text with --data."
         )
     return both[: len(both) // 2], both[len(both) // 2 :]
 
 
-def _rows(corpus: Any, split: str, wanted: int, seed: int) -> Tensor:
+def _rows(corpus: Any, split: str, wanted: int, length: int, seed: int) -> Tensor:
     source = corpus.train if split == "train" else corpus.val
-    if len(source) <= LENGTH:
+    if len(source) <= LEAST_TOKENS:
         raise DataError(
             f"each half of the text must have {LEAST_TOKENS + 1} tokens, and one has "
             f"{len(source)}. Give more text: {2 * ADVISED_TOKENS} tokens or more are advised."
         )
-    rows = min(wanted, corpus.windows(split, LENGTH))
-    return corpus.batch(split, 0, rows=rows, length=LENGTH, seed=seed)[:, :LENGTH]
+    rows = min(wanted, corpus.windows(split, length))
+    return corpus.batch(split, 0, rows=rows, length=length, seed=seed)[:, :length]

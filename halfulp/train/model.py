@@ -166,16 +166,22 @@ def _has_weights(path: Path) -> bool:
 
 
 def _load(path: Path) -> nn.Module:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        local_files_only=True,
-        use_safetensors=True,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        output_loading_info=True,
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"the weights in {path} cannot be loaded: {error}. A file is cut off, missing or of "
+            "another model; copy the directory again."
+        ) from error
     model, info = loaded
     absent = sorted(info["missing_keys"])
     if absent:
@@ -190,9 +196,7 @@ def _random(hf: Any, seed: int) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with random_state(seed):
-        model = AutoModelForCausalLM.from_config(
-            hf, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
     return _ready(model)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from halfulp.check.formats import NAMED, format_quantizer
 from halfulp.check.hardware import hardware_class, hardware_names, load_hardware
-from halfulp.errors import CheckError
+from halfulp.errors import ConfigError
 from halfulp.numerics.format import FORMATS
 
 HAS = {
@@ -41,7 +41,7 @@ def test_refusals_say_why():
     assert load_hardware("hopper").refuses("mxfp8") == "hopper has no mx-e4m3 products"
     assert "FNUZ" in load_hardware("mi300x").refuses("e4m3")
     assert load_hardware("mi355x").refuses("e5m2") == ""
-    with pytest.raises(CheckError, match="hopper"):
+    with pytest.raises(ConfigError, match="hopper"):
         load_hardware("hoper")
 
 

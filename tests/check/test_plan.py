@@ -17,7 +17,7 @@ from halfulp.check.formats import format_bits, format_quantizer
 from halfulp.check.groups import Group, gemm_groups, stored_groups, table_groups
 from halfulp.check.plan import average_bits, lowest_safe, plan, predicted_kl, what_if
 from halfulp.check.sites import SiteInfo
-from halfulp.errors import CheckError
+from halfulp.errors import CheckError, ConfigError
 from halfulp.policy import Policy
 
 WORDS = ("bf16", "fp16", "e4m3", "e5m2", "mxfp8", "nvfp4")
@@ -172,9 +172,9 @@ def test_unknown_is_never_free():
     assert whys["nvfp4"] == "it overflows"
     assert math.isnan(predicted_kl([detached], {"layers.1.ffn.up": "bf16"}))
     for budget in (0, -1, math.nan, math.inf):
-        with pytest.raises(CheckError, match="budget"):
+        with pytest.raises(ConfigError, match="budget"):
             plan(GROUPS, budget)
-    with pytest.raises(CheckError, match="int8"):
+    with pytest.raises(ConfigError, match="int8"):
         plan(GROUPS, 1e-3, formats=["bf16", "int8"])
 
 

@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from halfulp.blocks import block_map
 from halfulp.check.composed import stream_bounds
+from halfulp.check.measure import low_copy
 from halfulp.check.profile import (
     fp64,
     layer_matrices,
     log_slope,
-    low_copy,
     omegas,
     profile_depth,
     reference_copy,
