@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from halfulp.blocks import BlockMap, block_map
 from halfulp.check.composed import stream_bounds
-from halfulp.check.measure import measure, uniform
+from halfulp.check.measure import low_copy, measure, uniform
 from halfulp.check.prices import Prices, price
-from halfulp.check.profile import low_copy, reference_copy, stream
+from halfulp.check.profile import reference_copy, stream
 from halfulp.check.reference import distance, reference_of
 from halfulp.check.trace import trace
 from halfulp.numerics.rounding import round_to
