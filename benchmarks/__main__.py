@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("rounding", "optimizer", "training")
+SCRIPTS = ("rounding", "optimizer", "training", "check")
 FOLDER = Path(__file__).parent
 
 

@@ -51,9 +51,16 @@ def use_threads(threads: int) -> None:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], object]], *, threads: int, seconds: float, calls: int = 1
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    threads: int,
+    seconds: float,
+    calls: int = 1,
+    least: int = 3,
 ) -> dict[str, Time]:
     """Time of one call of each variant, measured in turns; `seconds` is each one's share.
+
+    Every variant runs `least` times at least, after one run that is not counted.
 
     One thread: CPU time of the process, which other load disturbs least. Two: wall clock.
     """
@@ -62,7 +69,7 @@ def interleave(
     spent = dict.fromkeys(variants, 0.0)
     for run in variants.values():
         run()
-    while due := [name for name in variants if spent[name] < seconds or len(taken[name]) < 3]:
+    while due := [name for name in variants if spent[name] < seconds or len(taken[name]) < least]:
         for name in due:
             wall, start = time.perf_counter(), clock()
             for _ in range(calls):

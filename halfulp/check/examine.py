@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,11 @@ class _Asked:
     attention: str
     say: Progress
 
+    @property
+    def rows(self) -> int:
+        ids = _ids(self.batch)
+        return 0 if ids is None else len(ids)
+
 
 def check(
     model: nn.Module,
@@ -115,7 +120,13 @@ def check(
         hints=hints, attention=attention, say=progress or (lambda _: None),
     )  # fmt: skip
     start = time.perf_counter()
-    made = _judge(asked, target, hardware, pins or {}, probes, rows, seed)
+    while True:
+        try:
+            made = _judge(asked, target, hardware, pins or {}, probes, rows, seed)
+            break
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            asked = _smaller(asked, error)
+            notes.append(f"Memory ran out: only {asked.rows} sequences of the batch are judged.")
     training: dict[str, Any] = {}
     if profile or lr is not None:
         training = _around(asked, lr, profile)
@@ -204,6 +215,22 @@ def _judge(
         "notes": _notes(asked, policy),
         "findings": (*guards, *findings_of(detect(prices), {*stored, *operands}, asked.formats)),
     }
+
+
+def _smaller(asked: _Asked, error: Exception) -> _Asked:
+    """With half of the sequences; re-raises what is no lack of memory or cannot be halved."""
+    lack = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    if not lack or asked.rows < 2:
+        raise error
+    half = asked.rows // 2
+    batch = asked.batch
+    if isinstance(batch, Mapping):
+        rows = asked.rows
+        batch = {
+            k: v[:half] if isinstance(v, Tensor) and len(v) == rows else v for k, v in batch.items()
+        }
+        return replace(asked, batch=batch)
+    return replace(asked, batch=batch[:half])
 
 
 def _notes(asked: _Asked, policy: PolicyTarget | None) -> tuple[str, ...]:

@@ -183,3 +183,21 @@ def test_wrong_options_are_answered(options, error, said):
 def test_grades():
     words = [grade(kl) for kl in (1e-7, 1e-5, 5e-4, 5e-3, 3e-2, 1.0, math.inf)]
     assert words == ["exact", "negligible", "small", "visible", "large", "broken", "broken"]
+
+
+def test_less_text_when_memory_runs_out(monkeypatch):
+    from halfulp.check import examine
+
+    tried, price = [], examine.price
+
+    def short_of_memory(model, batch, **options):
+        tried.append(len(batch))
+        if len(batch) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return price(model, batch, **options)
+
+    monkeypatch.setattr(examine, "price", short_of_memory)
+    made = halfulp.check(Plain(), IDS, formats=("bf16",), hints=HINTS, profile=False)
+    assert tried == [4, 2, 1]
+    assert made.tokens == 64
+    assert "only 1 sequences" in made.notes[-1]
