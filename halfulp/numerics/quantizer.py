@@ -129,7 +129,7 @@ _WITH_ARGUMENT = {
     "delayed": lambda a: {"scale": "delayed", "history": int(a)},
     "static": lambda a: {"scale": "static", "static_scale": float(a)},
     "margin": lambda a: {"margin": int(a)},
-    "hadamard": lambda a: {"hadamard": int(a)},
+    "hadamard": lambda a: {"hadamard": int(a) or -1},  # 0 is no size; the check refuses it
 }
 _FLAGS = {
     "p2": {"power_of_two": True},

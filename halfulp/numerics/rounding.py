@@ -92,6 +92,8 @@ def check_out(out: Tensor, x: Tensor) -> Tensor:
 
 
 def _check_dtype(x: Tensor, fmt: Format) -> None:
+    if x.layout is not torch.strided:
+        raise FormatError(f"round_to takes dense tensors; found {x.layout}. Round x.values().")
     holds = {torch.float32: (23, 8), torch.bfloat16: (7, 8), torch.float16: (10, 5)}.get(x.dtype)
     if holds is None:
         raise FormatError(

@@ -253,13 +253,20 @@ def _offset(p: Tensor) -> int:
     return int(offsets[0]) * (p.numel() // max(p.shape[0], 1)) if offsets else 0
 
 
+def _number(value: object) -> float:
+    """The value of a number or of a tensor of one; NaN, which is in no range, of anything else."""
+    usable = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+    return float(value) if usable else math.nan
+
+
 def _check_group(group: dict) -> None:
-    beta1, beta2 = group["betas"]
-    checks = {
-        "lr": group["lr"] >= 0,
-        "betas": 0 <= beta1 < 1 and 0 <= beta2 < 1,
-        "eps": group["eps"] > 0,
-        "weight_decay": group["weight_decay"] >= 0,
+    least = {"lr": 0.0, "eps": 5e-324, "weight_decay": 0.0}
+    betas = group["betas"]
+    checks = {name: _number(group[name]) >= bound for name, bound in least.items()}
+    checks |= {
+        "betas": isinstance(betas, tuple | list)
+        and len(betas) == 2
+        and all(0 <= _number(b) < 1 for b in betas),
         "update_rounding": group["update_rounding"] in ("nearest", "stochastic", "truncate"),
     }
     for name, ok in checks.items():

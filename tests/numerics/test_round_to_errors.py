@@ -72,3 +72,8 @@ def test_scale_must_be_one_fp32_number(scale, kernel_name):
     q = parse_quantizer("e4m3@tensor:delayed(2)")
     with pytest.raises(FormatError, match="must be one fp32 number; found"):
         apply_quantizer(X, q, scale=scale)
+
+
+def test_sparse_tensors_are_answered():
+    with pytest.raises(FormatError, match="dense"):
+        round_to(torch.zeros(2, 2).to_sparse(), "e4m3")
