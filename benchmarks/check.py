@@ -230,7 +230,7 @@ def main() -> None:
         memory_of(args.memory, args.length)
         return
     print(f"## Check\n\n{machine()}", flush=True)
-    seconds, least = (0.5, 2) if args.quick else (3.0, 3)
+    seconds, least = (0.5, 1) if args.quick else (3.0, 3)
     for length in (LENGTH,) if args.quick else (LENGTH, TOKENS):
         s = subject("llama-20m", length=length)
         cost(f"llama-20m, {TOKENS // length} × {length} tokens", s, seconds, least)
