@@ -310,14 +310,19 @@ def unquantize(model: nn.Module) -> None:
     del model.__dict__["halfulp"]
 
 
+def has_attention_interface(model: nn.Module, module: nn.Module) -> bool:
+    """Whether the attention in `module` can be routed through halfulp.attention."""
+    there = "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
+    return there and getattr(model, "config", None) is not None
+
+
 def _use_attention(model: nn.Module, module: nn.Module) -> None:
     """Route the model's attention through halfulp.attention.
 
     Raises PolicyError for models that do not go through transformers' attention interface.
     """
     config: Any = getattr(model, "config", None)
-    interface = "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
-    if config is None or not interface:
+    if not has_attention_interface(model, module):
         raise PolicyError(
             f"the policy rounds attention products, but {type(module).__name__} does not use "
             "transformers' attention interface. Use a recipe whose attn_qk and attn_pv are fp32 "

@@ -95,6 +95,7 @@ def test_a_broken_one_is_named(capsys, monkeypatch, home, model, code, said):
     ("options", "said"),
     [
         (("--tokens", "5"), "too few"),
+        (("--tokens", "abc"), "--tokens"),
         (("--formats", "bf17"), "Nearest"),
         (("--budget", "-1"), "positive"),
         (("--lr", "0"), "positive"),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfulp.blocks import block_map
+from halfulp.blocks import BlockMap, block_map
 from halfulp.check import measure as runs
 from halfulp.check.backward import GemmError, gemm_errors
 from halfulp.check.detect import (
@@ -27,7 +27,7 @@ from halfulp.check.prices import Prices, price
 from halfulp.check.profile import DepthProfile, profile_depth
 from halfulp.check.reference import Reference, distance, predicted_flips
 from halfulp.check.report import CheckReport, PlanRow, Row, Verdict
-from halfulp.check.setup import Batch, prepare, run
+from halfulp.check.setup import Batch, kept_positions, prepare, run
 from halfulp.check.survey import first_difference, fp32_copy, survey
 from halfulp.check.tables import (
     confidence,
@@ -37,11 +37,12 @@ from halfulp.check.tables import (
     heat,
     keep_exact,
 )
-from halfulp.check.targets import PolicyTarget, is_program, load_target
+from halfulp.check.targets import PolicyTarget, is_program, load_target, stored_weights
 from halfulp.check.trace import Trace, trace
 from halfulp.check.updates import UpdateSheet, update_sheet
 from halfulp.errors import CheckError, ConfigError
 from halfulp.policy import Policy
+from halfulp.quantization import has_attention_interface
 
 DEFAULT_FORMATS = ("bf16", "fp16", "e4m3", "e5m2", "mxfp8", "nvfp4", "int8")
 TRIES = 3
@@ -103,8 +104,7 @@ def check(
     FormatError for unknown formats, ConfigError for values out of range and PolicyError for a
     policy that does not fit.
     """
-    if not (isinstance(budget, int | float) and math.isfinite(budget) and budget > 0):
-        raise ConfigError(f"budget = {budget!r} is no positive number of nats per token.")
+    _check_options(model, formats, budget, probes, rows, seed, attention)
     notes: list[str] = []
     if (dtype := half_precision(model)) is not None:
         name = str(dtype).removeprefix("torch.")
@@ -147,6 +147,30 @@ def check(
     )
 
 
+def _check_options(
+    model: nn.Module, formats: Sequence[str], budget: float, probes: int, rows: float, seed: int,
+    attention: str,
+) -> None:  # fmt: skip
+    def whole(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    wrong = {
+        "model is no torch module": not isinstance(model, nn.Module),
+        f"formats = {formats!r} is no list of names": isinstance(formats, str) or not formats,
+        f"budget = {budget!r} is no positive number of nats per token": not (
+            number and math.isfinite(budget) and budget > 0
+        ),
+        f"probes = {probes!r} is no positive count": not (whole(probes) and probes > 0),
+        f"rows = {rows!r} is no share of the rows": not 0 < rows <= 1,
+        f"seed = {seed!r} is no number from 0 to 2^63 − 1": not (whole(seed) and 0 <= seed < 2**63),
+        f"attention = {attention!r} is neither eager nor sdpa": attention not in ("eager", "sdpa"),
+    }
+    for what, holds in wrong.items():
+        if holds:
+            raise ConfigError(f"halfulp.check: {what}. Correct it.")
+
+
 def _judge(
     asked: _Asked,
     target: str | Path | Policy | None,
@@ -165,12 +189,14 @@ def _judge(
     program = isinstance(target, str) and is_program(target)
     policy = None if target is None or program else load_target(model, target, blocks)
     asked.say("pricing")
-    words = tuple(dict.fromkeys([*asked.formats, *(policy.words if policy else ())]))
     bf16 = trace(model, batch, "bf16", hints=hints, attention=asked.attention)
     ran = _traced(asked, str(target), bf16) if program else None
     rounded = bf16.names | (ran.names if ran else frozenset())
     if policy is not None:
         rounded |= {f"weight:{module}.{p}" for module in policy.tables for p in ("weight", "bias")}
+        rounded |= {f"weight:{name}" for name in policy.weights}
+    more = policy.words if policy else (ran.format,) if ran else ()
+    words = tuple(dict.fromkeys([*asked.formats, *more]))
     prices = price(
         model, batch, formats=words, families=("operand",), sites=rounded, probes=probes,
         rows=rows, seed=seed, hints=hints, attention=asked.attention,
@@ -186,7 +212,11 @@ def _judge(
         row = _program(asked, prices, ran)
     elif policy is not None:
         row = _policy(asked, prices, policy, name)
-    groups = gemm_groups(prices, blocks)
+    groups = tuple(
+        g
+        for g in gemm_groups(prices, blocks)
+        if not g.role.startswith("attn_") or _routes_attention(model, blocks)
+    )
     asked.say("plan")
     planned = _plan(asked, ref, groups, blocks, hardware, pins)
     focus = _focus(asked, uniform, name)
@@ -233,11 +263,22 @@ def _smaller(asked: _Asked, error: Exception) -> _Asked:
     return replace(asked, batch=batch[:half])
 
 
+def _routes_attention(model: nn.Module, blocks: BlockMap) -> bool:
+    """Whether halfulp.quantize can round the products of every attention of the model."""
+    modules = {g.module for g in blocks.gemms if g.role.startswith("attn_")}
+    return all(has_attention_interface(model, model.get_submodule(m)) for m in modules)
+
+
 def _notes(asked: _Asked, policy: PolicyTarget | None) -> tuple[str, ...]:
     said = []
     if asked.attention != "eager":
         said.append(
             "With fused attention, scores and probabilities live in registers and are no sites."
+        )
+    if not _routes_attention(asked.model, block_map(asked.model, asked.hints)):
+        said.append(
+            f"{type(asked.model).__name__} has an attention of its own, which no policy can round: "
+            "the plan leaves the products of attention in fp32."
         )
     if policy is not None and policy.accumulates:
         said.append(
@@ -307,9 +348,6 @@ def _program(asked: _Asked, prices: Prices, ran: Trace) -> Row:
     measured = runs.measure_target(
         asked.model, asked.batch, ran.target, prices.reference, attention=asked.attention
     )
-    if ran.format not in prices.formats:
-        why = f"{ran.format} is not among the formats that were priced."
-        return _row(prices, ran.target, {}, measured, why)
     priced = {s.name for s in prices.sites}
     assignment = {n: ran.format for n in ran.names if n in priced}
     return _row(prices, ran.target, assignment, measured)
@@ -317,10 +355,11 @@ def _program(asked: _Asked, prices: Prices, ran: Trace) -> Row:
 
 def _policy(asked: _Asked, prices: Prices, target: PolicyTarget, name: str) -> Row:
     asked.say(name)
-    measured = runs.measure_policy(
-        asked.model, asked.batch, target.policy, prices.reference, hints=asked.hints,
-        allow_partial=True,
-    )  # fmt: skip
+    with stored_weights(asked.model, target):
+        measured = runs.measure_policy(
+            asked.model, asked.batch, target.policy, prices.reference, hints=asked.hints,
+            allow_partial=True,
+        )  # fmt: skip
     return _row(prices, name, target.plan(prices), measured, target.why)
 
 
@@ -407,14 +446,19 @@ def _around(asked: _Asked, lr: float | None, profile: bool) -> dict[str, Any]:
                 "backward and update prices need token ids [B, T] as the batch (or input_ids in "
                 "it), to make a next-token loss. Give them, or leave lr out."
             )
+        if not any(p.requires_grad for p in asked.model.parameters()):
+            raise CheckError(
+                "no parameter requires a gradient, so that there is no update to price. Call "
+                "model.requires_grad_() or leave lr out."
+            )
+        keep = kept_positions(asked.batch, ids[..., None].expand(*ids.shape, 2))
+        labels = ids[:, 1:] if keep is None else ids[:, 1:].masked_fill(~keep[:, 1:], -100)
         asked.say("backward GEMMs")
         with prepare(asked.model):
 
             def loss() -> Tensor:
                 logits = run(asked.model, asked.batch)[:, :-1]
-                return nn.functional.cross_entropy(
-                    logits.float().flatten(0, -2), ids[:, 1:].flatten()
-                )
+                return nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
 
             formats = tuple(dict.fromkeys([*asked.formats, "e5m2/e4m3"]))
             errors = gemm_errors(

@@ -61,6 +61,11 @@ def reference_of(logits: Tensor, keep: Tensor | None = None) -> Reference:
     Raises CheckError for logits that are not finite.
     """
     rows = _rows(logits, keep)
+    if len(rows) < 2 or rows.shape[-1] < 2:
+        raise CheckError(
+            f"{len(rows)} positions of {rows.shape[-1]} logits count, and both must be 2 or more. "
+            "Give more text, or an attention mask that keeps some of it."
+        )
     if not bool(torch.isfinite(rows).all()):
         raise CheckError(
             "the reference run gives logits with NaN or inf, so there is nothing to compare with. "

@@ -179,7 +179,8 @@ class CheckReport:
         """The site called `name`; ConfigError naming the nearest ones if there is none."""
         found = {s.name: s for s in self.every_site}
         if name not in found:
-            near = difflib.get_close_matches(name, found, 3, 0.3) or list(found)[:3]
+            inside = [n for n in found if name in n][:3]
+            near = inside or difflib.get_close_matches(name, found, 3, 0.3) or list(found)[:3]
             raise ConfigError(f"there is no site {name!r}. Nearest: {', '.join(near)}.")
         return found[name]
 

@@ -41,6 +41,12 @@ def prepare(model: nn.Module, *, attention: str = "eager") -> Iterator[nn.Module
 
 def _refuse(model: nn.Module) -> None:
     what = type(model).__name__
+    if torch.is_inference_mode_enabled():
+        raise CheckError("prices need gradients. Leave torch.inference_mode() for this call.")
+    if next(model.parameters(), None) is None:
+        raise CheckError(f"{what} has no parameter, so there is nothing to price. Give a model.")
+    if any(p.is_meta for p in model.parameters()):
+        raise CheckError(f"{what} is on the meta device: load its weights first.")
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
         raise CheckError(
             f"{what} is compiled or scripted: its operations cannot be seen. Give the eager module "
@@ -64,7 +70,15 @@ def run(model: nn.Module, batch: Batch) -> Tensor:
 
     Raises CheckError when the model returns something else.
     """
-    out = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    try:
+        out = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        raise CheckError(
+            f"{type(model).__name__} cannot run on {describe(batch)}: {error}. Give token ids "
+            "[B, T], int64 and below the vocabulary, or a mapping of the model's keyword arguments."
+        ) from error
     logits = getattr(out, "logits", None)
     if logits is None:
         logits = out[0] if isinstance(out, tuple | list) else out
@@ -77,6 +91,15 @@ def run(model: nn.Module, batch: Batch) -> Tensor:
             f"found {found}. Wrap the model so that it returns its logits."
         )
     return logits
+
+
+def describe(batch: object) -> str:
+    """What a batch is, in words: types and shapes."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in batch.items()) + "}"
+    return type(batch).__name__
 
 
 def kept_positions(batch: Batch, logits: Tensor) -> Tensor | None:

@@ -5,7 +5,8 @@ the operands of GEMMs, their outputs and the tables, as halfulp.quantize does; d
 judged at the value they settle at, that of the present amax.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from halfulp.blocks import BlockMap
 from halfulp.check.measure import TARGETS
 from halfulp.check.prices import Prices
 from halfulp.errors import ConfigError, PolicyError
+from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.quantizer import Quantizer
 from halfulp.policy import Policy, Resolution, Rule, load_recipe
 from halfulp.recipe import Recipe
@@ -28,7 +30,8 @@ class PolicyTarget:
     """A policy with settled scales, and what it rounds in the forward pass of one model.
 
     `operands`: (gemm, "x" | "w") → quantizer; `outputs`: module of a linear → quantizer; `tables`:
-    name of a table's module → quantizer. `accumulates`: some GEMM sums in a short accumulator,
+    name of a table's module → quantizer; `weights`: parameter → quantizer it is stored with.
+    `accumulates`: some GEMM sums in a short accumulator,
     which no price stands for. `why`: the reason that the whole cannot be predicted, or "".
     """
 
@@ -37,13 +40,14 @@ class PolicyTarget:
     operands: Mapping[tuple[str, str], Quantizer]
     outputs: Mapping[str, Quantizer]
     tables: Mapping[str, Quantizer]
+    weights: Mapping[str, Quantizer]
     accumulates: bool
     why: str
 
     @property
     def words(self) -> tuple[str, ...]:
         """The formats that have to be priced."""
-        tables = (self.operands, self.outputs, self.tables)
+        tables = (self.operands, self.outputs, self.tables, self.weights)
         return tuple(dict.fromkeys(str(q) for t in tables for q in t.values() if _priceable(q)))
 
     def plan(self, prices: Prices) -> dict[str, str]:
@@ -53,7 +57,8 @@ class PolicyTarget:
             if site.family == "operand":
                 q = self.operands.get((site.gemm, site.operand))
             elif site.op == "parameter":
-                q = self.tables.get(site.name.removeprefix("weight:").rpartition(".")[0])
+                name = site.name.removeprefix("weight:")
+                q = self.weights.get(name) or self.tables.get(name.rpartition(".")[0])
             else:
                 q = self.outputs.get(site.module) if site.op in _GEMM_OPS else None
             if q is not None and _priceable(q):
@@ -88,9 +93,30 @@ def load_target(model: nn.Module, target: str | Path | Policy, blocks: BlockMap)
         operands=operands,
         outputs=outputs,
         tables={name: q for name, q in tables.items() if not q.is_identity},
+        weights={
+            name: recipe.weight
+            for name, recipe in resolution.parameters.items()
+            if not recipe.weight.is_identity
+        },
         accumulates=any(d.spec.fprop_accumulate != "fp32" for d in resolution.gemms),
         why="" if all(map(_priceable, operands.values())) else _TRANSFORMED,
     )
+
+
+@contextmanager
+def stored_weights(model: nn.Module, target: PolicyTarget) -> Iterator[None]:
+    """Parameters hold what the policy stores of them inside, and their own values afterwards."""
+    before = []
+    try:
+        for name, p in model.named_parameters():
+            if (q := target.weights.get(name)) is not None:
+                before.append((p, p.data))
+                rounded = apply_quantizer(p.data.float(), replace(q, rounding="nearest"))
+                p.data = rounded.to(p.dtype)
+        yield
+    finally:
+        for p, data in before:
+            p.data = data
 
 
 def settled(policy: Policy) -> Policy:

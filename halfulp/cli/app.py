@@ -2,7 +2,7 @@
 
 import typer
 
-from halfulp.cli.check import check
+from halfulp.cli.check import CheckCommand, check
 from halfulp.cli.demo import demo
 from halfulp.cli.formats import formats
 from halfulp.cli.info import info
@@ -21,4 +21,4 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (demo, train, check, report, recipes, formats, info):
-    app.command()(command)
+    app.command(cls=CheckCommand if command is check else None)(command)

@@ -2,13 +2,15 @@
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from halfulp.errors import CheckError, ConfigError, HalfulpError
 
@@ -20,7 +22,10 @@ COULD_NOT_TELL, WRONG_INPUT = 3, 64
 
 def check(
     model: Annotated[
-        str, typer.Argument(help="Run directory, local Hugging Face directory, or preset.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Run directory, local Hugging Face directory, or preset."
+        ),
     ],
     data: Annotated[
         list[str] | None, typer.Option(help='Text: "stdlib" or a path; may be repeated.')
@@ -50,6 +55,10 @@ def check(
         list[str] | None,
         typer.Option(help="'GLOB=never below bf16', 'GLOB=exactly e4m3' or 'GLOB=free'."),
     ] = None,
+    hint: Annotated[
+        list[str] | None,
+        typer.Option(help="'GLOB=BLOCK' for parameters that halfulp cannot place."),
+    ] = None,
     probes: Annotated[int, typer.Option(help="Backward passes; more are more certain.")] = 2,
     seed: Annotated[int, typer.Option(help="Of labels, signs and the choice of text.")] = 0,
     policy: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("policy.toml"),
@@ -62,7 +71,9 @@ def check(
     attn: Annotated[str, typer.Option(help="eager shows scores; sdpa prices fused.")] = "eager",
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
-    """Price every rounding of MODEL before it runs, and plan formats for a budget.
+    """Price every rounding before the run.
+
+    Every tensor in every format, in nats per token; a verdict, and a plan of formats for a budget.
 
     Exit codes: 0 the target meets the budget, 2 it does not, 3 it could not be judged, 64 the
     input is wrong.
@@ -72,10 +83,13 @@ def check(
         _check_outputs(outputs, force)
         report = _run(
             model, data, tokenizer, tokens, formats, budget, target, lr, hardware, pin or [],
-            probes, seed, kernels, attn,
+            hint or [], probes, seed, kernels, attn,
         )  # fmt: skip
         _print(report)
-        _write(report, policy, html, json_)
+        try:
+            _write(report, policy, html, json_)
+        except OSError as error:
+            raise ConfigError(f"{error.filename} cannot be written: {error.strerror}.") from error
         if explain:
             _explain(report, explain)
     except HalfulpError as error:
@@ -92,13 +106,17 @@ def _check_outputs(paths: list[Path], force: bool) -> None:
         if path.exists() and not force:
             raise ConfigError(f"{path} exists. Give another name, or --force to replace it.")
         if path.is_dir() or not path.parent.is_dir():
-            raise ConfigError(f"{path} cannot be written: its directory must exist and it be none.")
+            raise ConfigError(
+                f"{path} cannot be written: it must be a file in a directory that exists."
+            )
+        if not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"{path.parent} cannot be written to. Give another place.")
 
 
 def _run(
     where: str, data: list[str] | None, tokenizer: str | None, tokens: int, formats: str,
-    budget: float, target: str | None, lr: float, hardware: str, pins: list[str], probes: int,
-    seed: int, kernels: bool, attn: str,
+    budget: float, target: str | None, lr: float, hardware: str, pins: list[str],
+    hints: list[str], probes: int, seed: int, kernels: bool, attn: str,
 ) -> "CheckReport":  # fmt: skip
     from transformers.utils import logging as hf_logging
 
@@ -114,8 +132,9 @@ def _run(
     with _Steps() as steps:
         report = examine(
             loaded.model, loaded.text, held_out=loaded.held_out, formats=words, budget=budget,
-            target=target, lr=lr, hardware=hardware, pins=_pins(pins), probes=probes, seed=seed,
-            attention=attn, kernels=kernels, progress=steps.say,
+            target=target, lr=lr, hardware=hardware.lower(), pins=_pairs("--pin", pins),
+            hints=_pairs("--hint", hints) or None, probes=probes, seed=seed, attention=attn,
+            kernels=kernels, progress=steps.say,
         )  # fmt: skip
     return replace(report, model=f"{where} ({report.model})", notes=loaded.notes + report.notes)
 
@@ -133,12 +152,12 @@ def _check_numbers(words: Sequence[str], budget: float, lr: float, probes: int, 
         raise ConfigError(f"--attn {attn!r} is unknown. Give eager or sdpa.")
 
 
-def _pins(pairs: Sequence[str]) -> dict[str, str]:
+def _pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
     found = {}
     for pair in pairs:
         glob, equals, rule = pair.partition("=")
         if not (equals and glob.strip() and rule.strip()):
-            raise ConfigError(f"--pin {pair!r} is not understood. Write GLOB=never below bf16.")
+            raise ConfigError(f"{option} {pair!r} is not understood. Write GLOB=VALUE.")
         found[glob.strip()] = rule.strip()
     return found
 
@@ -250,6 +269,9 @@ def _print_plan(report: "CheckReport") -> None:
     everywhere = {e.format: e.why for e in plan.excluded if e.group == "*"}
     for fmt, why in everywhere.items():
         print(f"not used: {fmt}, because {why}")
+    pinned = sorted({e.why for e in plan.excluded if e.why.startswith("pinned")})
+    for why in pinned:
+        print(f"{why} (--pin '{why.split()[1]}=free' releases it)")
     for change in report.what_if:
         print(f"what if: {change}")
 
@@ -263,8 +285,8 @@ def _print_training(report: "CheckReport") -> None:
     print_table(("format", "product", "predicted", "measured", "biased"), _backward(report))
     print(f"\nOne AdamW step at lr {report.updates.lr:g} with weights stored in few bits")
     rows = [
-        (w.block, w.format, _share(w.lost_updates), _share(w.lost_decay), _text(w.lr_half),
-         _text(w.lr_stop))
+        (w.block, w.format, _share(w.lost_updates), _share(w.lost_decay), _rate(w.lr_half),
+         _rate(w.lr_stop))
         for w in report.updates.weights
     ]  # fmt: skip
     columns = (
@@ -303,7 +325,8 @@ def _print_findings(report: "CheckReport") -> None:
         print()
     for kind, found in kinds.items():
         worst = max(found, key=lambda f: abs(f.value) if f.value == f.value else 0.0)
-        more = f" ({len(found)} such findings, the largest shown)" if len(found) > 1 else ""
+        which = "largest" if abs(worst.value) > 0 else "first"
+        more = f" ({len(found)} such findings, the {which} shown)" if len(found) > 1 else ""
         print(f"{kind}: {worst.text}{more}")
 
 
@@ -351,6 +374,23 @@ def _text(value: float, digits: int = 0) -> str:
     if value != value:
         return "–"
     return f"{value:.{digits}f}" if digits else f"{value:.3g}"
+
+
+def _rate(value: float) -> str:
+    """A learning rate; a dash where any rate changes the weights (those that are zero)."""
+    return "–" if value < 1e-30 else _text(value)
+
+
+class CheckCommand(TyperCommand):
+    """A wrong option exits with 64 here: 2 means that the target is over the budget."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if hasattr(error, "exit_code") and hasattr(error, "format_message"):
+                error.exit_code = WRONG_INPUT  # pyright: ignore[reportAttributeAccessIssue]
+            raise
 
 
 def _share(value: float) -> str:

@@ -53,9 +53,7 @@ def load_model(
     """
     path, notes = Path(where), []
     config, trained = _data_of(path, where)
-    if where in PRESETS:
-        notes.append(f"{where} has random weights (seed {seed}): prices of a trained model differ.")
-    elif not path.exists():
+    if where not in PRESETS and not path.exists():
         raise ConfigError(
             f"MODEL {where!r} is neither a run directory, nor a Hugging Face directory, nor a "
             f"preset ({', '.join(PRESETS)})."
@@ -66,12 +64,14 @@ def load_model(
         notes += _stored(weights)
     corpus = open_data(config, cache_directory() / "data")
     length = LENGTH if weights is None else min(LENGTH, _positions(weights))
-    model = build_model(
+    built = build_model(
         ModelConfig(preset=where if weights is None else str(weights)),
         vocab=corpus.vocab, length=length, seed=seed,
-    ).model  # fmt: skip
+    )  # fmt: skip
+    if built.origin.startswith("random"):
+        notes.append(f"{where} has {built.origin}: prices of a trained model differ.")
     pair = _text(corpus, tokens, length, seed, held_only=trained and not data)
-    return Loaded(where, model.eval(), *pair, tuple(notes))
+    return Loaded(where, built.model.eval(), *pair, tuple(notes))
 
 
 def _data_of(path: Path, where: str) -> tuple[DataConfig, bool]:
@@ -131,6 +131,12 @@ def _stored(path: Path) -> list[str]:
     """What the weights on disk are, when they are not fp32; CheckError when they are quantized."""
     dtypes = {d for file in sorted(path.glob("*.safetensors")) for d in _dtypes(file)}
     content = _shape(path)
+    names = content.get("architectures") or []
+    if names and not any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in names):
+        raise ConfigError(
+            f"{path} is a {names[0]}. This command judges models that predict the next token "
+            "(…ForCausalLM); from Python, halfulp.check takes any module that returns logits."
+        )
     quantized = sorted(dtypes & _INTEGERS)
     if quantized or "quantization_config" in content:
         how = ", ".join(quantized) or str(content["quantization_config"])[:80]

@@ -255,8 +255,9 @@ def _offset(p: Tensor) -> int:
 
 def _number(value: object) -> float:
     """The value of a number or of a tensor of one; NaN, which is in no range, of anything else."""
-    usable = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
-    return float(value) if usable else math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+        return math.nan
+    return float(value)
 
 
 def _check_group(group: dict) -> None:

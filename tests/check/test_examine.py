@@ -201,3 +201,45 @@ def test_less_text_when_memory_runs_out(monkeypatch):
     assert tried == [4, 2, 1]
     assert made.tokens == 64
     assert "only 1 sequences" in made.notes[-1]
+
+
+def test_a_recipe_that_only_stores_weights_is_judged_too():
+    t = toy("llama")
+    made = halfulp.check(
+        t.model, t.batch(4), formats=("bf16",), target="bf16_weights", profile=False
+    )
+    assert made.asked.measured_kl > 1e-8
+    assert 0.5 < made.asked.ratio < 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "options"),
+    [
+        (IDS, {"formats": ()}),
+        (IDS, {"formats": "bf16"}),
+        (IDS, {"probes": 0}),
+        (IDS, {"rows": 0}),
+        (IDS, {"attention": "flash"}),
+        (IDS, {"seed": "a"}),
+        (IDS, {"budget": True}),
+        (IDS + 50, {}),
+        (IDS.float(), {}),
+        (IDS[:0], {}),
+        (IDS[:1, :1], {}),
+        (None, {}),
+        ({"ids": IDS, "nonsense": 1}, {}),
+    ],
+)
+def test_no_raw_error_for_wrong_input(batch, options):
+    with pytest.raises(halfulp.HalfulpError):
+        halfulp.check(
+            Plain(), batch, hints=HINTS, profile=False, **{"formats": ("bf16",)} | options
+        )
+
+
+def test_gradients_are_needed():
+    with torch.inference_mode(), pytest.raises(CheckError, match="inference_mode"):
+        halfulp.check(Plain(), IDS, formats=("bf16",), hints=HINTS, profile=False)
+    frozen = Plain().requires_grad_(False)
+    with pytest.raises(CheckError, match="requires"):
+        halfulp.check(frozen, IDS, formats=("bf16",), hints=HINTS, profile=False, lr=1e-3)
