@@ -15,6 +15,7 @@ slow: .venv/ready
 
 reproduce: .venv/ready
 	$(BIN)/python -m reproduce
+	$(BIN)/python -m pytest -n 2 -m slow tests/check
 
 benchmarks: .venv/ready
 	$(BIN)/python -m benchmarks
