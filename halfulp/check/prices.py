@@ -192,17 +192,15 @@ def _tables(pricer: Pricer, record: Record, tokens: int, probes: int) -> dict[st
         "saturated": torch.where(beyond, side.saturated.clamp(min=least), side.saturated),
         "flushed": side.flushed,
     }
-    if record.heads and all(r.of_rows is not None for r in runs):
-        table["heads"] = _per_head(runs, record) / (2 * tokens)
+    if record.heads and all(r.parts is not None for r in runs):
+        table["heads"] = _per_head(runs) / (2 * tokens)
     return table
 
 
-def _per_head(runs: list[Sums], record: Record) -> Tensor:
+def _per_head(runs: list[Sums]) -> Tensor:
     """[heads, formats]: max(element, row) of the rows of each head, mean over the probes."""
-    total = torch.stack([r.of_rows for r in runs if r.of_rows is not None]).mean(0)
-    batch = record.infos[0].shape[0]
-    split = total.unflatten(2, (batch, record.heads, -1)).sum((2, 4))
-    return split.amax(0).T.contiguous()
+    total = torch.stack([r.parts for r in runs if r.parts is not None]).mean(0)
+    return total.amax(0).T.contiguous()
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class Sums:
     elements: Tensor  # [formats] Σ (ge)²
     rows: Tensor  # [formats] Σ_rows (Σ ge)²
     total: Tensor  # [formats] Σ ge
-    of_rows: Tensor | None  # [2, formats, rows]: Σ (ge)² and (Σ ge)² of each row
+    parts: Tensor | None  # [2, formats, rows or heads]: Σ (ge)² and (Σ ge)² of each row, or head
 
 
 @dataclass
@@ -136,14 +136,14 @@ def error_sums(
             else:
                 torch.sum(p.square_(), 1, out=squares[i, start:stop])
     row = row.double().cpu()
-    of_rows = None if squares is None else torch.stack([squares.double().cpu(), row.square()])
-    if of_rows is not None:
-        elements = of_rows[0].sum(1).tolist()
+    parts = None if squares is None else torch.stack([squares.double().cpu(), row.square()])
+    if parts is not None:
+        elements = parts[0].sum(1).tolist()
     return Sums(
         elements=torch.tensor(elements, dtype=torch.float64),
         rows=row.square().sum(1),
         total=row.sum(1),
-        of_rows=of_rows,
+        parts=parts,
     )
 
 
