@@ -84,10 +84,20 @@ def toy(family: str, size: str = "small") -> Toy:
     with _only_one(home):
         config = _config(home, shape, settings)
         if not list(home.glob("run/checkpoints/*/model.safetensors")):
-            from halfulp.train.loop import train
-
-            train(config, force=True, command=("reproduce", "toy"))
+            _train(config)
     return Toy(f"{family}-{size}", _load(home), config)
+
+
+def _train(config: TrainConfig) -> None:
+    """On one thread, so that the same machine always makes the same toy."""
+    from halfulp.train.loop import train
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(config, force=True, command=("reproduce", "toy"))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def untrained(family: str, *, layers: int = 2, seed: int = 0) -> nn.Module:

