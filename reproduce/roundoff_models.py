@@ -23,7 +23,7 @@ from halfulp.numerics.rounding import round_to
 from reproduce.common import REFUTED, REPRODUCED, Result, interval, judge, show, together
 from reproduce.roundoff import powers
 from reproduce.streams import few_scores, random_scores, residual, rounded_scores
-from reproduce.toy import Toy, toy, untrained
+from reproduce.toy import Toy, prepare, toy, untrained
 
 V1, V2 = "arXiv:2503.10251v1", "arXiv:2503.10251v2"
 LAMP = "arXiv:2601.21623"
@@ -34,7 +34,10 @@ U_BF16 = 2.0**-8
 
 def claims(size: str = "full") -> Iterator[Result]:
     """The claims on trained models of `size` (as reproduce.toy names them), trained if need be."""
-    models = [eager(toy(family, size)) for family in ("gpt2", "llama")]
+    families = ("gpt2", "llama")
+    if size == "full":
+        prepare(*families, size=size)
+    models = [eager(toy(family, size)) for family in families]
     yield _worst_case(models)
     yield _residual_scale(models)
     yield _stored_stream(models)

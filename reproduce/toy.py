@@ -7,8 +7,10 @@ sizes: "small" (2 layers, 250 steps, tens of seconds) and "full" (6 layers, 1000
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +88,17 @@ def toy(family: str, size: str = "small") -> Toy:
         if not list(home.glob("run/checkpoints/*/model.safetensors")):
             _train(config)
     return Toy(f"{family}-{size}", _load(home), config)
+
+
+def prepare(*families: str, size: str) -> None:
+    """Train the toys that are missing side by side, one process each."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(families), mp_context=context) as pool:
+        list(pool.map(_prepare, families, [size] * len(families)))
+
+
+def _prepare(family: str, size: str) -> None:
+    toy(family, size)
 
 
 def _train(config: TrainConfig) -> None:
