@@ -35,9 +35,10 @@ from common import (
 from torch import Tensor, nn
 from training import FP8
 
+from halfulp.batch import run
 from halfulp.check.measure import measure, measure_policy, reference, uniform
 from halfulp.check.prices import price
-from halfulp.check.setup import prepare, run
+from halfulp.check.setup import prepare
 from halfulp.check.trace import trace
 from halfulp.train.config import ModelConfig
 from halfulp.train.model import build_model

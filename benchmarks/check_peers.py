@@ -15,10 +15,11 @@ import torch
 from common import section, table
 from torch import Tensor, nn
 
+from halfulp.batch import run
 from halfulp.check.measure import measure, reference, round_tensor
 from halfulp.check.places import Places
 from halfulp.check.prices import price
-from halfulp.check.setup import prepare, run
+from halfulp.check.setup import prepare
 from halfulp.check.sites import MASKED, SiteInfo, Walk, parameter_sites
 from halfulp.check.sums import Rounding
 from halfulp.check.trace import trace

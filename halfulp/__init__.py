@@ -24,7 +24,7 @@ _EXPORTS = {
 }
 
 
-_ROOMS = ("check",)  # packages that can be called
+_ROOMS = ("check", "sharpness")  # packages that can be called
 
 
 def __getattr__(name: str) -> Any:

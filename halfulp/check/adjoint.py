@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from halfulp.batch import Batch, run
 from halfulp.check.reference import Reference, reference_of
-from halfulp.check.setup import Batch, kept_positions, run
+from halfulp.check.setup import kept_positions
 from halfulp.check.sites import MASKED, SiteInfo, Stored, Walk
 from halfulp.check.sums import (
     Rounding,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfulp.batch import Batch, run
 from halfulp.blocks import block_map
 from halfulp.check import measure as runs
 from halfulp.check.backward import GemmError, gemm_errors
@@ -37,7 +38,7 @@ from halfulp.check.prices import price
 from halfulp.check.profile import DepthProfile, profile_depth
 from halfulp.check.reference import Reference, distance
 from halfulp.check.report import CheckReport, Row
-from halfulp.check.setup import Batch, kept_positions, prepare, run
+from halfulp.check.setup import kept_positions, prepare
 from halfulp.check.survey import first_difference, fp32_copy, survey
 from halfulp.check.tables import (
     confidence,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from halfulp.batch import Batch
 from halfulp.blocks import BlockMap
 from halfulp.check import measure as runs
 from halfulp.check.detect import UNPRICED_LIMIT, beyond_linear
@@ -14,7 +15,6 @@ from halfulp.check.plan import Plan, plan
 from halfulp.check.prices import Prices
 from halfulp.check.reference import Reference, predicted_flips
 from halfulp.check.report import PlanRow, Row, Verdict
-from halfulp.check.setup import Batch
 from halfulp.check.targets import PolicyTarget, stored_weights
 from halfulp.check.trace import Trace, trace
 from halfulp.policy import Policy

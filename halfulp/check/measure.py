@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from halfulp.batch import Batch, run
 from halfulp.check.places import Places
 from halfulp.check.reference import Distance, Reference, distance, reference_of
-from halfulp.check.setup import Batch, kept_positions, prepare, run
+from halfulp.check.setup import kept_positions, prepare
 from halfulp.check.sites import MASKED, SiteInfo, Walk, parameter_sites
 from halfulp.check.sums import Rounding
 from halfulp.check.survey import non_finite_error

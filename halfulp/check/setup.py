@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfulp.batch import Batch
 from halfulp.errors import CheckError
-
-Batch = Tensor | Mapping[str, Any]
-"""Token ids, or the keyword arguments of the model."""
 
 
 @contextmanager
@@ -63,43 +61,6 @@ def _refuse(model: nn.Module) -> None:
                 f"{name} of {what} is {p.dtype}: a low-precision model is no reference. "
                 "Give an fp32 copy: copy.deepcopy(model).float()."
             )
-
-
-def run(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits [..., V] of the model for token ids, or for the keyword arguments in a mapping.
-
-    Raises CheckError when the model returns something else.
-    """
-    try:
-        out = model(**batch) if isinstance(batch, Mapping) else model(batch)
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise
-        raise CheckError(
-            f"{type(model).__name__} cannot run on {describe(batch)}: {error}. Give token ids "
-            "[B, T], int64 and below the vocabulary, or a mapping of the model's keyword arguments."
-        ) from error
-    logits = getattr(out, "logits", None)
-    if logits is None:
-        logits = out[0] if isinstance(out, tuple | list) else out
-    if not isinstance(logits, Tensor) or logits.ndim < 2 or not logits.is_floating_point():
-        found = f"{type(out).__name__}" + (
-            f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
-        )
-        raise CheckError(
-            f"{type(model).__name__} must return logits [..., V] or an object with .logits; "
-            f"found {found}. Wrap the model so that it returns its logits."
-        )
-    return logits
-
-
-def describe(batch: object) -> str:
-    """What a batch is, in words: types and shapes."""
-    if isinstance(batch, Tensor):
-        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
-    if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in batch.items()) + "}"
-    return type(batch).__name__
 
 
 def kept_positions(batch: Batch, logits: Tensor) -> Tensor | None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from halfulp.batch import Batch, run
 from halfulp.check.places import Places
-from halfulp.check.setup import Batch, prepare, run
+from halfulp.check.setup import prepare
 from halfulp.check.sites import MASKED, SiteInfo, Walk, parameter_sites
 from halfulp.errors import CheckError
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfulp.batch import Batch, run
 from halfulp.blocks import Gemm
 from halfulp.check.measure import TARGETS, program
 from halfulp.check.places import PRODUCTS, Places
-from halfulp.check.setup import Batch, run
 from halfulp.check.sites import SiteInfo, Walk, parameter_sites
 from halfulp.policy import Policy
 from halfulp.quantization import resolve

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from halfulp.batch import run
 from halfulp.check.detect import beyond_linear, detect, guard, half_precision, trusted
 from halfulp.check.measure import measure, measure_target, program, reference, uniform
 from halfulp.check.prices import price
-from halfulp.check.setup import run
 from halfulp.check.survey import first_difference, rope_angle_errors, survey
 from halfulp.check.trace import trace
 from halfulp.errors import CheckError

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from halfulp.batch import run
 from halfulp.check.adjoint import Pricer
 from halfulp.check.measure import (
     measure,
@@ -15,7 +16,7 @@ from halfulp.check.measure import (
 from halfulp.check.places import Places
 from halfulp.check.prices import Prices, price
 from halfulp.check.reference import log_softmax
-from halfulp.check.setup import prepare, run
+from halfulp.check.setup import prepare
 from halfulp.check.sites import Walk, parameter_sites
 from halfulp.check.sums import Rounding
 from halfulp.check.trace import trace

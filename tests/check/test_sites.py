@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from halfulp.batch import run
 from halfulp.check.places import Places
 from halfulp.check.prices import price
-from halfulp.check.setup import prepare, run
+from halfulp.check.setup import prepare
 from halfulp.check.sites import Walk, op_name
 from halfulp.errors import CheckError
 from tests.check.toys import Words, untrained
