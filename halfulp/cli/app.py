@@ -8,6 +8,7 @@ from halfulp.cli.formats import formats
 from halfulp.cli.info import info
 from halfulp.cli.recipes import recipes
 from halfulp.cli.report import report
+from halfulp.cli.sharpness import sharpness
 from halfulp.cli.train import train
 
 app = typer.Typer(
@@ -20,5 +21,5 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, check, report, recipes, formats, info):
+for command in (demo, train, check, sharpness, report, recipes, formats, info):
     app.command(cls=CheckCommand if command is check else None)(command)

@@ -2,9 +2,6 @@
 
 import logging
 import math
-import os
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from halfulp.cli.common import (
+    Steps,
+    check_outputs,
+    command_line,
+    pairs,
+    quiet_transformers,
+    words,
+)
 from halfulp.errors import CheckError, ConfigError, HalfulpError
 
 if TYPE_CHECKING:
@@ -79,8 +84,7 @@ def check(
     input is wrong.
     """
     try:
-        outputs = [p for p in (policy, html, json_) if p is not None]
-        _check_outputs(outputs, force)
+        check_outputs({"--policy": policy, "--html": html, "--json": json_}, force=force)
         report = _run(
             model, data, tokenizer, tokens, formats, budget, target, lr, hardware, pin or [],
             hint or [], probes, seed, kernels, attn,
@@ -98,50 +102,30 @@ def check(
     raise typer.Exit(report.exit_code)
 
 
-def _check_outputs(paths: list[Path], force: bool) -> None:
-    """Before any work: files that exist, and directories that do not."""
-    if len(set(paths)) < len(paths):
-        raise ConfigError("--policy, --html and --json name the same file. Give three names.")
-    for path in paths:
-        if path.exists() and not force:
-            raise ConfigError(f"{path} exists. Give another name, or --force to replace it.")
-        if path.is_dir() or not path.parent.is_dir():
-            raise ConfigError(
-                f"{path} cannot be written: it must be a file in a directory that exists."
-            )
-        if not os.access(path.parent, os.W_OK):
-            raise ConfigError(f"{path.parent} cannot be written to. Give another place.")
-
-
 def _run(
     where: str, data: list[str] | None, tokenizer: str | None, tokens: int, formats: str,
     budget: float, target: str | None, lr: float, hardware: str, pins: list[str],
     hints: list[str], probes: int, seed: int, kernels: bool, attn: str,
 ) -> "CheckReport":  # fmt: skip
-    from transformers.utils import logging as hf_logging
-
     from halfulp.check.examine import check as examine
     from halfulp.cli.load import load_model
 
     logging.getLogger("halfulp").setLevel(logging.ERROR)
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    words = [w.strip() for w in formats.split(",") if w.strip()]
-    _check_numbers(words, budget, lr, probes, attn)
+    quiet_transformers()
+    listed = words("--formats", formats)
+    _check_numbers(budget, lr, probes, attn)
     loaded = load_model(where, data=data, tokenizer=tokenizer, tokens=tokens, seed=seed)
-    with _Steps() as steps:
+    with Steps() as steps:
         report = examine(
-            loaded.model, loaded.text, held_out=loaded.held_out, formats=words, budget=budget,
-            target=target, lr=lr, hardware=hardware.lower(), pins=_pairs("--pin", pins),
-            hints=_pairs("--hint", hints) or None, probes=probes, seed=seed, attention=attn,
+            loaded.model, loaded.text, held_out=loaded.held_out, formats=listed, budget=budget,
+            target=target, lr=lr, hardware=hardware.lower(), pins=pairs("--pin", pins),
+            hints=pairs("--hint", hints) or None, probes=probes, seed=seed, attention=attn,
             kernels=kernels, progress=steps.say,
         )  # fmt: skip
     return replace(report, model=f"{where} ({report.model})", notes=loaded.notes + report.notes)
 
 
-def _check_numbers(words: Sequence[str], budget: float, lr: float, probes: int, attn: str) -> None:
-    if not words:
-        raise ConfigError("--formats is empty. Give for example bf16,e4m3.")
+def _check_numbers(budget: float, lr: float, probes: int, attn: str) -> None:
     if not (math.isfinite(budget) and budget > 0):
         raise ConfigError(f"--budget {budget} is no positive number of nats per token.")
     if not (math.isfinite(lr) and lr > 0):
@@ -150,41 +134,6 @@ def _check_numbers(words: Sequence[str], budget: float, lr: float, probes: int, 
         raise ConfigError(f"--probes {probes} is none. Give 1 or more.")
     if attn not in ("eager", "sdpa"):
         raise ConfigError(f"--attn {attn!r} is unknown. Give eager or sdpa.")
-
-
-def _pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for pair in pairs:
-        glob, equals, rule = pair.partition("=")
-        if not (equals and glob.strip() and rule.strip()):
-            raise ConfigError(f"{option} {pair!r} is not understood. Write GLOB=VALUE.")
-        found[glob.strip()] = rule.strip()
-    return found
-
-
-class _Steps:
-    """What is being done at the moment: a spinner on a terminal, plain lines elsewhere."""
-
-    def __enter__(self) -> "_Steps":
-        from halfulp.cli.show import is_live
-
-        self.status = None
-        if is_live():
-            from rich.console import Console
-
-            self.status = Console().status("reading")
-            self.status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.status is not None:
-            self.status.stop()
-
-    def say(self, what: str) -> None:
-        if self.status is not None:
-            self.status.update(what)
-        else:
-            print(f"… {what}", file=sys.stderr, flush=True)
 
 
 def _print(report: "CheckReport") -> None:
@@ -359,14 +308,8 @@ def _write(report: "CheckReport", policy: Path, html: Path | None, json_: Path |
     if html is not None:
         from halfulp.report.check_page import write_check
 
-        path = write_check(report, html, name=report.model, force=True, command=_command())
+        path = write_check(report, html, name=report.model, force=True, command=command_line())
         print(f"page: {path}")
-
-
-def _command() -> str:
-    import shlex
-
-    return shlex.join(["halfulp", *sys.argv[1:]])
 
 
 def _text(value: float, digits: int = 0) -> str:

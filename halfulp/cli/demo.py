@@ -15,13 +15,12 @@ def demo(
 
     Trains it six times on the same tokens and reports what each precision lost.
     """
-    from transformers.utils import logging
-
+    from halfulp.cli.common import quiet_transformers
     from halfulp.cli.progress import Progress
     from halfulp.demo import demo as run
     from halfulp.report import findings
 
-    logging.set_verbosity_error()
+    quiet_transformers()
     with Progress(compare=True) as progress:
         result = run(out, quick=quick, force=force, on_run=progress.begin, on_event=progress.event)
     for failed in (r for r in result.runs if r.failure):

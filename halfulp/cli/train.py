@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halfulp.cli.common import quiet_transformers
 from halfulp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -104,14 +105,11 @@ def _value(text: str) -> Any:
 def _train(
     config: "TrainConfig", resume: Path | None, from_step: int | None, force: bool
 ) -> "Summary":
-    from transformers.utils import logging
-
     from halfulp.cli.progress import Progress
     from halfulp.train.loop import train as run
     from halfulp.train.precision import name_of
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     if os.environ.get("RANK", "0") != "0":
         return run(config, resume=resume, from_step=from_step, force=force)
     with Progress() as progress:

@@ -1,0 +1,101 @@
+"""What commands share: outputs checked before any work, pairs of options, steps that are shown."""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from halfulp.errors import ConfigError
+
+_COUNTS = {2: "two", 3: "three"}
+
+
+def check_outputs(options: dict[str, Path | None], *, force: bool) -> None:
+    """Before any work: ConfigError for outputs that exist, coincide, or have no directory."""
+    given = {name: path for name, path in options.items() if path is not None}
+    if len(set(given.values())) < len(given):
+        raise ConfigError(
+            f"two of {', '.join(options)} name the same file. Give {_COUNTS[len(options)]} names."
+        )
+    for path in given.values():
+        if path.exists() and not force:
+            raise ConfigError(f"{path} exists. Give another name, or --force to replace it.")
+        if path.is_dir() or not path.parent.is_dir():
+            raise ConfigError(
+                f"{path} cannot be written: it must be a file in a directory that exists."
+            )
+        if not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"{path.parent} cannot be written to. Give another place.")
+
+
+def pairs(option: str, given: Sequence[str]) -> dict[str, str]:
+    """ "GLOB=VALUE" options as a dict; ConfigError for one without both."""
+    found = {}
+    for pair in given:
+        glob, equals, rule = pair.partition("=")
+        if not (equals and glob.strip() and rule.strip()):
+            raise ConfigError(f"{option} {pair!r} is not understood. Write GLOB=VALUE.")
+        found[glob.strip()] = rule.strip()
+    return found
+
+
+def words(option: str, text: str) -> list[str]:
+    """The words between commas; ConfigError where there are none."""
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    if not found:
+        raise ConfigError(f"{option} is empty. Give for example bf16,e4m3.")
+    return found
+
+
+def command_line() -> str:
+    """The command as it was typed."""
+    return shlex.join(["halfulp", *sys.argv[1:]])
+
+
+def quiet_transformers() -> None:
+    """No warnings and no progress bars from transformers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Steps:
+    """What is being done at the moment: a spinner on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+
+    def __enter__(self) -> "Steps":
+        from halfulp.cli.show import is_live
+
+        self.status = None
+        if is_live():
+            from rich.console import Console
+
+            self.status = Console().status("reading")
+            self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.status is not None:
+            self.status.stop()
+
+    def say(self, what: str) -> None:
+        """Show `what` until the next call."""
+        if self.status is not None:
+            self.status.update(what)
+        else:
+            print(f"… {what}", file=sys.stderr, flush=True)
+
+    def count(self, what: str) -> None:
+        """Show `what` where it can be replaced soon; elsewhere at most every ten seconds."""
+        now = time.monotonic()
+        if self.status is not None or now - self._said > _SECONDS_BETWEEN_LINES:
+            self._said = now
+            self.say(what)
