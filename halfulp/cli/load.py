@@ -69,7 +69,7 @@ def load_model(
         vocab=corpus.vocab, length=length, seed=seed,
     )  # fmt: skip
     if built.origin.startswith("random"):
-        notes.append(f"{where} has {built.origin}: prices of a trained model differ.")
+        notes.append(f"{where} has {built.origin}: a trained model differs.")
     pair = _text(corpus, tokens, length, seed, held_only=trained and not data)
     return Loaded(where, built.model.eval(), *pair, tuple(notes))
 

@@ -1,0 +1,97 @@
+"""`halfulp sharpness` as it is typed: what it prints and writes, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, logging
+
+from halfulp.cli import main
+from halfulp.sharpness.report import SharpnessReport
+
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_inner=64, n_positions=96,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder / "whole")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+    model.save_pretrained(folder / "nan")
+    (folder / "text.txt").write_text("every rounding has a size, a place and a price. " * 90)
+    (folder / "short.txt").write_text("too short")
+    return folder
+
+
+def run(capsys, monkeypatch, home: Path, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.chdir(home)
+    code = 0
+    try:
+        main(["sharpness", *arguments])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+QUICK = ("--data", "text.txt", "--tokens", "192", "--draws", "4", "--force")
+
+
+def test_tables_and_figures(capsys, monkeypatch, home):
+    code, out, _ = run(
+        capsys, monkeypatch, home, "whole", *QUICK, "--per-layer", "--json", "found.json"
+    )
+    assert code == 0
+    lines = out.splitlines()
+    assert sum(line.startswith("layers.1.qk ") for line in lines) == 1
+    table = lines[1 : lines.index("")]
+    names = ["block", "emb", "qk", "vo", "ffn", "norm", "pos", "bias"]
+    assert [line.split()[0] for line in table] == names
+    report = SharpnessReport.load(home / "found.json")
+    assert (report.draws, report.estimator) == (4, "gnb")
+    assert f"order: {report.order()}" in out
+    assert f"{report.by_type['ffn'].sharpness:.3g}" in out
+
+
+def test_a_wanted_error_decides_the_draws(capsys, monkeypatch, home):
+    code, _, _ = run(
+        capsys, monkeypatch, home, "whole", *QUICK, "--rel-se", "0.08", "--json", "precise.json"
+    )
+    report = SharpnessReport.load(home / "precise.json")
+    assert code == 0
+    assert report.draws > 4
+    assert max(report.by_type[t].rel_se for t in ("emb", "qk", "vo", "ffn", "norm")) <= 0.08
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        ("nosuch", (), "neither a run directory"),
+        ("nan", (), "is nan"),
+        ("whole", ("--draws", "1"), "2 or more"),
+        ("whole", ("--estimator", "hessian"), "hutchinson"),
+        ("whole", ("--rel-se", "0"), "(0, 1)"),
+        ("whole", ("--hint", "x"), "GLOB="),
+        ("whole", ("--hint", "nothing=ffn"), "hint"),
+        ("whole", ("--tokens", "3"), "too few"),
+        ("whole", ("--json", "nowhere/x.json"), "directory"),
+    ],
+)
+def test_wrong_input_exits_with_2(capsys, monkeypatch, home, model, options, said):
+    code, _, err = run(capsys, monkeypatch, home, model, *QUICK, *options)
+    assert (code, said in err) == (2, True), err
+    assert "Traceback" not in err
+
+
+def test_nothing_is_overwritten(capsys, monkeypatch, home):
+    (home / "mine.json").write_text("{}")
+    code, _, err = run(capsys, monkeypatch, home, "whole", "--json", "mine.json")
+    assert (code, "--force" in err) == (2, True)
+    assert (home / "mine.json").read_text() == "{}"
