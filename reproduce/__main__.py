@@ -1,6 +1,8 @@
-"""Run every script, print its results and write reproduce/RESULTS.md."""
+"""Run every script, or those that are named, print the results and write reproduce/RESULTS.md."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 from reproduce import bit_reduction, roundoff, roundoff_models, stochastic_rounding
 from reproduce.common import show
@@ -14,15 +16,29 @@ PAGE = Path(__file__).with_name("RESULTS.md")
 
 def main() -> None:
     """The exit status says that everything ran, not what came out."""
+    chosen = _chosen(sys.argv[1:])
+    sections = []
     with open_runs() as runs:
-        for script in SCRIPTS:
+        pooled = [script for script in SCRIPTS if script in chosen]
+        for script in pooled:
             runs.start(script.trained)
-        sections = [
-            Section(script, show(script.quick()) + show(script.trained(runs))) for script in SCRIPTS
-        ]
-    sections += [Section(script, show(script.claims())) for script in MEASURED]
-    PAGE.write_text(render(sections), encoding="utf-8")
+        for script in pooled:
+            rows = show(script.quick()) + show(script.trained(runs))
+            sections.append(Section(script, rows))
+    sections += [Section(s, show(s.claims())) for s in MEASURED if s in chosen]
+    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    PAGE.write_text(render(sections, page), encoding="utf-8")
     print(f"written: {PAGE.name}")
+
+
+def _chosen(names: list[str]) -> list[ModuleType]:
+    """The scripts called `names`, all without any; SystemExit 2 for a name that is none."""
+    scripts = {script.__name__.rpartition(".")[2]: script for script in (*SCRIPTS, *MEASURED)}
+    for name in names:
+        if name not in scripts:
+            print(f"there is no script {name!r}; there are: {', '.join(scripts)}", file=sys.stderr)
+            raise SystemExit(2)
+    return [scripts[name] for name in names] or list(scripts.values())
 
 
 if __name__ == "__main__":

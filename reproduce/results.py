@@ -10,6 +10,10 @@ from types import ModuleType
 
 from reproduce.common import REFUTED, REPRODUCED, UNKNOWN, Result
 
+_INTRODUCTION = (
+    "Written by `python -m reproduce`; `python -m reproduce NAME …` measures the named scripts "
+    "again."
+)
 _RULE = (
     "Brackets are 95% intervals (Student, over seeds or independent samples). A verdict is "
     f'"{REPRODUCED}" when the whole interval lies inside the gate, "{REFUTED}" when it lies '
@@ -26,12 +30,25 @@ class Section:
     rows: Sequence[tuple[Result, float]]
 
 
-def render(sections: Sequence[Section]) -> str:
-    """The page, in Markdown."""
-    parts = ["# Claims measured again", _origin(sections), _RULE, _tally(sections)]
+def render(sections: Sequence[Section], page: str = "") -> str:
+    """The page, in Markdown: `page` with the sections of these scripts put in or replaced."""
+    parts = {_command(part): part for part in _split(page)}
     for section in sections:
-        parts += [_title(section), _set_up(section), _table(section.rows)]
-    return "\n\n".join(parts) + "\n"
+        pieces = (_title(section), _origin(section), _set_up(section), _table(section.rows))
+        part = "\n\n".join(pieces)
+        parts[_command(part)] = part
+    body = "\n\n".join(parts.values())
+    return "\n\n".join(["# Claims measured again", _INTRODUCTION, _RULE, _tally(body), body]) + "\n"
+
+
+def _split(page: str) -> list[str]:
+    """The sections of a page, each from its heading on."""
+    return [f"## {part.strip()}" for part in page.split("\n## ")[1:]]
+
+
+def _command(section: str) -> str:
+    """The command under the heading of a section."""
+    return section.splitlines()[2]
 
 
 def machine() -> str:
@@ -47,18 +64,17 @@ def machine() -> str:
     )
 
 
-def _origin(sections: Sequence[Section]) -> str:
-    seconds = sum(spent for section in sections for _, spent in section.rows)
+def _origin(section: Section) -> str:
+    minutes = sum(seconds for _, seconds in section.rows) / 60
     today = datetime.date.today().isoformat()
-    return (
-        f"Written by `python -m reproduce` on {today} in {seconds / 60:.0f} minutes: {machine()}."
-    )
+    return f"Measured on {today} in {minutes:.1f} minutes: {machine()}."
 
 
-def _tally(sections: Sequence[Section]) -> str:
-    verdicts = [result.verdict for section in sections for result, _ in section.rows]
-    counts = (f"{verdicts.count(v)} {v}" for v in (REPRODUCED, REFUTED, UNKNOWN))
-    return f"{len(verdicts)} claims: {', '.join(counts)}."
+def _tally(body: str) -> str:
+    """Verdicts are the bold cells of the tables."""
+    counts = {v: body.count(f"| **{v}** |") for v in (REPRODUCED, REFUTED, UNKNOWN)}
+    words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    return f"{sum(counts.values())} claims: {words}."
 
 
 def _title(section: Section) -> str:

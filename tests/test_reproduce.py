@@ -91,3 +91,33 @@ def test_page_holds_claim_measured_verdict_and_seconds():
     assert "| a \\| b | here | +1.0 | **could not tell** | 3 |" in page
     assert "1 claims: 0 reproduced, 0 not reproduced, 1 could not tell." in page
     assert "python -m reproduce.bit_reduction" in page
+
+
+def test_a_script_measured_again_replaces_its_own_section_only():
+    def section(script, verdict):
+        return results.Section(script, [(Result("a claim", "here", "1", verdict), 1.0)])
+
+    page = results.render([section(bit_reduction, UNKNOWN), section(stochastic_rounding, REFUTED)])
+    again = results.render([section(bit_reduction, REPRODUCED)], page)
+    assert "2 claims: 1 reproduced, 1 not reproduced, 0 could not tell." in again
+    assert again.count("python -m reproduce.bit_reduction") == 1
+    assert results.render([], again) == again
+
+
+def test_an_unknown_script_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        __main__._chosen(["roundof"])
+    assert end.value.code == 2
+    assert "roundoff" in capsys.readouterr().err
+
+
+def test_a_benchmark_measured_again_replaces_its_own_section_only():
+    from benchmarks.__main__ import FOLDER, merged
+
+    page = (FOLDER / "RESULTS.md").read_text(encoding="utf-8")
+    assert merged(page, {}) == page
+    again = merged(
+        page, {"optimizer": "## Optimizer\n\nnothing\n\n`python benchmarks/optimizer.py`"}
+    )
+    assert len(again) < len(page)
+    assert again.index("## Rounding") < again.index("nothing") < again.index("Training")
