@@ -221,11 +221,11 @@ def _row(site: Site, operand: str, values: dict[str, float]) -> dict:
         "block": site.block,
         "gemm": site.name,
         "operand": operand.replace("_", "."),
-        "format": str(site.quantizer(operand)),
+        "format": str(site.quantizers[operand]),
         **values,
     }
     if (scale := site.scales.get(operand)) is not None:
-        row["stale"] = values["amax"] * scale.item() / site.quantizer(operand).format.largest
+        row["stale"] = values["amax"] * scale.item() / site.quantizers[operand].format.largest
     return row
 
 

@@ -102,40 +102,55 @@ class Site:
     )  # delayed ones, as the counters saw them
 
     def __post_init__(self) -> None:
-        for operand in OPERANDS:
-            if (q := self.quantizer(operand)).scale == "delayed":
+        self.quantizers: dict[str, Quantizer] = {o: getattr(self.spec, o) for o in OPERANDS}
+        for operand, q in self.quantizers.items():
+            if q.scale == "delayed":
                 self.histories[operand] = History(torch.zeros(q.history), torch.ones(()))
         names = {"fprop": ("x", "w"), "dgrad": ("g", "w"), "wgrad": ("g", "x")}
         self.gemms = {gemm: self._plan(gemm, a, b) for gemm, (a, b) in names.items()}
         self.keys = {o: Key.of(self.seed, f"{self.name}/{o}") for o in OPERANDS}
         self.bases = torch.stack([key.tensor() for key in self.keys.values()])
         self.shared = {operand: self._shares(operand) for operand in _OTHER}
-        self.stochastic = any(self.quantizer(operand).stochastic for operand in OPERANDS)
+        self.stochastic = any(q.stochastic for q in self.quantizers.values())
+        self._choose_paths()
+
+    def _choose_paths(self) -> None:
+        """What every call would find out again, between GEMMs that empty the caches."""
+        encoded = [gemm for gemm, (carrier, *_) in self.gemms.items() if carrier == "int8"]
+        self.untouched = {
+            o for o, q in self.quantizers.items() if q.is_identity or o[:5] in encoded
+        }
+        x = self.quantizers["fprop_x"]
+        self.x_lasts = x.scale != "delayed" and not x.stochastic
+        self.plain = {
+            gemm
+            for gemm, (carrier, accumulation, out) in self.gemms.items()
+            if carrier == "fp32" and not accumulation.chunk and out.is_identity
+        }
 
     def _plan(self, gemm: str, a: str, b: str) -> tuple[str, Accumulation, Quantizer]:
-        qa, qb, out = (self.quantizer(f"{gemm}_{side}") for side in (a, b, "out"))
+        qa, qb = (self.quantizers[f"{gemm}_{side}"] for side in (a, b))
+        out = getattr(self.spec, f"{gemm}_out")
         accumulation = parse_accumulation(getattr(self.spec, f"{gemm}_accumulate"))
         return choose_carrier(qa, qb, out, accumulation, self.carrier), accumulation, out
 
     def moment(self, training: bool, keys: Tensor | None) -> "Moment":
         """The clock's time. A traced graph keeps it in `keys`: an int would be a constant there."""
         if torch.compiler.is_compiling():
-            return Moment(0, 0, training, False, keys)
-        return Moment(self.clock.step, self.clock.micro, training, self.clock.counting, keys)
-
-    def quantizer(self, operand: str) -> Quantizer:
-        return getattr(self.spec, operand)
+            return Moment(0, 0, training, False, traced=True, keys=keys)
+        clock = self.clock
+        return Moment(clock.step, clock.micro, training, clock.counting, traced=False)
 
     def _shares(self, operand: str) -> bool:
         """Whether the copy made for the other GEMM of this tensor serves `operand` too."""
-        other, q = _OTHER[operand], self.quantizer(operand)
+        other, q = _OTHER[operand], self.quantizers[operand]
         encoded = "int8" in (self.gemms[operand[:5]][0], self.gemms[other[:5]][0])
         # Integers draw per GEMM in every carrier, so that all carriers draw the same.
         separate = encoded or (q.stochastic and q.format.is_int)
-        return q.one_copy and not separate and q == self.quantizer(other)
+        return q.one_copy and not separate and q == self.quantizers[other]
 
     def key(self, operand: str, at: "Moment") -> Key | Tensor | None:
-        if not self.quantizer(operand).stochastic:
+        if not self.quantizers[operand].stochastic:
             return None
         if at.keys is not None:
             return at.keys[OPERANDS.index(operand)]
@@ -148,18 +163,19 @@ class Site:
         step, micro = self.clock.tensor[0], self.clock.tensor[1]
         return fold_tensor(fold_tensor(self.bases, step), micro)
 
-    def quantize(self, operand: str, x: Tensor, at: "Moment") -> Tensor:
-        q = self.quantizer(operand)
-        if q.is_identity:
+    def operand(self, operand: str, x: Tensor, at: "Moment") -> Tensor:
+        """The operand as `product` wants it: quantized, or raw where the carrier encodes it."""
+        if operand in self.untouched:
             return x
+        q, key = self.quantizers[operand], self.key(operand, at)
         history = self.histories.get(operand)
         scale = None if history is None else history.scale.to(x.device)
-        if torch.compiler.is_compiling():
-            return apply_quantizer(x, q, key=self.key(operand, at), scale=scale)
-        lasting = operand == "fprop_x" and history is None and not q.stochastic
+        if at.traced:
+            return apply_quantizer(x, q, key=key, scale=scale)
+        lasting = operand == "fprop_x" and self.x_lasts
         y = self.clock.recent.find(x, q) if lasting else None
         if y is None:
-            y = apply_quantizer(x, q, key=self.key(operand, at), scale=scale)
+            y = apply_quantizer(x, q, key=key, scale=scale)
             if lasting:
                 self.clock.recent.keep(x, q, y)
         if at.counting or history is not None:
@@ -174,14 +190,16 @@ class Site:
             history.seen = amax if history.seen is None else torch.maximum(history.seen, amax)
         if at.counting:
             scale = None if history is None else history.scale.to(x.device)
-            sums = quantizer_statistics(x, y, self.quantizer(operand), scale)
+            sums = quantizer_statistics(x, y, self.quantizers[operand], scale)
             old = self.sums.get(operand)
             self.sums[operand] = sums if old is None else merge(old, sums)
             if scale is not None:
                 self.scales[operand] = scale
 
     def product(self, gemm: str, a: str, x: Tensor, b: str, w: Tensor, at: "Moment") -> Tensor:
-        """x wᵀ in this GEMM's carrier, of operands that `quantize` made (raw ones for int8)."""
+        """x wᵀ in this GEMM's carrier, of tensors that `operand` made."""
+        if gemm in self.plain:
+            return x @ w.mT
         carrier, accumulation, _ = self.gemms[gemm]
         if carrier == "int8":
             left = self._encode(f"{gemm}_{a}", x, at)
@@ -191,16 +209,14 @@ class Site:
     def _encode(self, operand: str, x: Tensor, at: "Moment"):
         key = self.key(operand, at)
         assert not isinstance(key, Tensor)
-        codes = encode(x, self.quantizer(operand), key)
+        codes = encode(x, self.quantizers[operand], key)
         if at.counting:
             self.observe(operand, x, codes.codes.float() * codes.step, at)
         return codes
 
-    def operand(self, gemm: str, side: str, x: Tensor, at: "Moment") -> Tensor:
-        """The operand as `product` wants it: quantized, or raw where the carrier encodes it."""
-        return x if self.gemms[gemm][0] == "int8" else self.quantize(f"{gemm}_{side}", x, at)
-
     def round_out(self, gemm: str, y: Tensor) -> Tensor:
+        if gemm in self.plain:
+            return y
         carrier, _, out = self.gemms[gemm]
         return y if out.is_identity or carrier == "bf16" else apply_quantizer(y, out)
 
@@ -212,6 +228,7 @@ class Moment(NamedTuple):
     micro: int
     training: bool
     counting: bool
+    traced: bool
     keys: Tensor | None = None
 
 
@@ -224,7 +241,7 @@ class QuantizedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, keys, site: Site, training: bool):
         at = site.moment(training, keys)
-        xq, wq = (site.operand("fprop", s, t, at) for s, t in (("x", x), ("w", w)))
+        xq, wq = site.operand("fprop_x", x, at), site.operand("fprop_w", w, at)
         y = site.product("fprop", "x", xq, "w", wq, at)
         if bias is not None:
             y = y + bias
@@ -241,21 +258,16 @@ class QuantizedMatmul(torch.autograd.Function):
         g = g.contiguous()
         dx = dw = dbias = gq = None
         if ctx.needs_input_grad[0]:
-            gq = site.operand("dgrad", "g", g, at)
-            wq = (
-                w.mT
-                if site.shared["dgrad_w"]
-                else site.operand("dgrad", "w", w.mT.contiguous(), at)
-            )
+            gq, wq = site.operand("dgrad_g", g, at), w.mT
+            if not site.shared["dgrad_w"]:
+                wq = site.operand("dgrad_w", wq.contiguous(), at)
             dx = site.round_out("dgrad", site.product("dgrad", "g", gq, "w", wq, at))
         if ctx.needs_input_grad[1]:
-            xq = (
-                x.mT
-                if site.shared["wgrad_x"]
-                else site.operand("wgrad", "x", x.mT.contiguous(), at)
-            )
+            xq = x.mT
+            if not site.shared["wgrad_x"]:
+                xq = site.operand("wgrad_x", xq.contiguous(), at)
             if gq is None or not site.shared["wgrad_g"]:
-                gq = site.operand("wgrad", "g", g.mT.contiguous(), at).mT
+                gq = site.operand("wgrad_g", g.mT.contiguous(), at).mT
             dw = site.round_out("wgrad", site.product("wgrad", "g", gq.mT, "x", xq, at))
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = g.flatten(0, -2).sum(0)
@@ -266,16 +278,21 @@ def quantized_matmul(
     x: Tensor, w: Tensor, bias: Tensor | None, site: Site, training: bool
 ) -> Tensor:
     """`QuantizedMatmul` on any float dtype: computed in fp32, given back in x's dtype."""
-    if site.histories and torch.compiler.is_compiling():
-        return _eager(x, w, bias, site, training)  # pyright: ignore[reportCallIssue]
-    return _matmul(x, w, bias, site, training)
+    keys = None
+    if torch.compiler.is_compiling():
+        if site.histories:
+            return _eager(x, w, bias, site, training)  # pyright: ignore[reportCallIssue]
+        keys = site.traced_keys()
+    return _matmul(x, w, bias, site, training, keys)
 
 
-def _matmul(x: Tensor, w: Tensor, bias: Tensor | None, site: Site, training: bool) -> Tensor:
+def _matmul(
+    x: Tensor, w: Tensor, bias: Tensor | None, site: Site, training: bool,
+    keys: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _matmul(x, w, bias, site, training)
-    keys = site.traced_keys() if torch.compiler.is_compiling() else None
+            return _matmul(x, w, bias, site, training, keys)
     bias = None if bias is None else bias.float()
     y = QuantizedMatmul.apply(x.float(), w.float(), bias, keys, site, training)
     return y.to(x.dtype)
@@ -288,7 +305,7 @@ _eager = torch.compiler.disable(_matmul)
 def histories(sites: Mapping[str, Site]) -> dict[str, tuple[History, Quantizer]]:
     """Every delayed-scale history, by "site/operand"."""
     return {
-        f"{name}/{operand}": (history, site.quantizer(operand))
+        f"{name}/{operand}": (history, site.quantizers[operand])
         for name, site in sites.items()
         for operand, history in site.histories.items()
     }

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from halfulp.errors import FormatError
 from halfulp.numerics import kernel, op  # noqa: F401 (op registers halfulp::quantize)
 from halfulp.numerics.hadamard import hadamard
+from halfulp.numerics.launch import launcher
 from halfulp.numerics.quantizer import Quantizer
 from halfulp.numerics.random import Key
 from halfulp.numerics.rounding import (
@@ -42,6 +43,11 @@ def apply_quantizer(
     Raises FormatError for a dtype other than fp32, a missing key or scale, or a K that the
     transform does not divide.
     """
+    if scale is None and (out is None or use_c(out)) and _direct(x, q, key):
+        y = torch.empty_like(x) if out is None else check_out(out, x)
+        k0, k1 = (key.k0, key.k1) if type(key) is Key else (0, 0)
+        launcher(q)(x, y, k0, k1)
+        return y
     if x.dtype is not torch.float32:
         raise FormatError(f"quantizers work on fp32 tensors; found {x.dtype}. Convert it first.")
     if x.ndim == 0 and q.granularity not in ("element", "tensor"):
@@ -70,26 +76,31 @@ def apply_quantizer(
     )
 
 
+def _direct(x: Tensor, q: Quantizer, key: Key | Tensor | None) -> bool:
+    """Whether one call of the C kernel does it all; everything unusual goes the long way."""
+    return (
+        use_c(x)
+        and x.dtype is torch.float32
+        and 0 < x.numel() < 1 << 31
+        and x.ndim > 0
+        and (type(key) is Key or (key is None and not q.stochastic))
+        and q.is_one_pass
+    )
+
+
 def _apply_c(x: Tensor, y: Tensor, q: Quantizer, key: Key | None, scale: Tensor | None) -> Tensor:
     if q.scale == "none":
         return round_to(x, q.format, rounding=q.rounding, key=key, saturate=q.saturate, out=y)
+    k0, k1 = (key.k0, key.k1) if key else (0, 0)
+    if q.scale not in ("delayed", "static"):
+        launcher(q)(x, y, k0, k1)
+        return y
     status = kernel.status()
     assert status.library is not None
-    k0, k1 = (key.k0, key.k1) if key else (0, 0)
+    s = static_scale(q.static_scale) if scale is None else scale
+    plan = kernel.plan(q.format, q.rounding, True, "given")
     pointers = status.parallel, x.data_ptr(), y.data_ptr()
-    if q.scale in ("delayed", "static"):
-        s = static_scale(q.static_scale) if scale is None else scale
-        plan = kernel.plan(q.format, q.rounding, True, "given")
-        status.library.halfulp_round(*pointers, x.numel(), plan, k0, k1, 0, s.data_ptr())
-        return y
-    rule = "p2" if q.power_of_two else q.scale
-    plan = kernel.plan(q.format, q.rounding, True, rule, q.margin, q.tile)
-    if q.granularity == "tensor":
-        status.library.halfulp_tensor(*pointers, x.numel(), plan, k0, k1, 0)
-    else:
-        columns = x.shape[-1]
-        rows = x.numel() // columns
-        status.library.halfulp_tiles(*pointers, rows, columns, plan, k0, k1, 0)
+    status.library.halfulp_round(*pointers, x.numel(), plan, k0, k1, 0, s.data_ptr())
     return y
 
 

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from halfulp.errors import FormatError
 from halfulp.numerics.format import Format, get_format
@@ -36,12 +36,20 @@ class Quantizer:
     hadamard: int = 0
     saturate: bool = False
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
         """True when an fp32 tensor passes through unchanged."""
         return self.format.is_identity and self.scale == "none" and not self.hadamard
 
-    @property
+    @cached_property
+    def is_one_pass(self) -> bool:
+        """True when the result follows from the tensor: no transform, no scale from elsewhere."""
+        return not (self.format.is_identity or self.hadamard) and self.scale not in (
+            "delayed",
+            "static",
+        )
+
+    @cached_property
     def stochastic(self) -> bool:
         return self.rounding == "stochastic"
 

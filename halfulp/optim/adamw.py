@@ -9,6 +9,7 @@ weight="bf16" and update_rounding="stochastic" this is the recipe of arXiv:2502.
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -179,7 +180,7 @@ def _store(x: Tensor, q: Quantizer, rounding: str, key: Key | None, index: int) 
         return x
     if q.scale == "none":
         return round_to(x, q.format, rounding=rounding, key=key, index=index, saturate=q.saturate)
-    return apply_quantizer(x, Quantizer(**{**vars(q), "rounding": rounding}), key=key)
+    return apply_quantizer(x, replace(q, rounding=rounding), key=key)
 
 
 def _fused(q: Quantizer, *tensors: Tensor) -> bool:
