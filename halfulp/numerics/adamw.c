@@ -26,7 +26,7 @@ INLINE void step_one(const Job *job, const Quantizer q, const Scalars s, int rou
     float next = p * s.decay - mean / (sqrtf(square) * s.correction + s.eps) * s.lr;
     job->m[i] = mean;
     job->v[i] = square;
-    if (rounding != KEEP) next = wide(next, q, rounding, random);
+    if (rounding != KEEP) next = wide(next, q, rounding, 0, random);
     if (p16) ((uint16_t *)job->p)[i] = (uint16_t)(bits_of(next) >> 16);
     else ((float *)job->p)[i] = next;
 }
@@ -77,7 +77,7 @@ CLONES static void adamw_range(int64_t begin, int64_t end, const void *context) 
     }
 }
 
-/* q: an 8-bit-exponent format to round the weight to, or NULL. A bf16 weight needs one. */
+/* q: an 8-bit-exponent format that does not saturate, to round the weight to, or NULL. A bf16 weight needs one. */
 void halfulp_adamw(ParallelFor parallel, void *p, const void *g, float *m, float *v, int64_t n, const Quantizer *q,
                    const Scalars *s, uint32_t k0, uint32_t k1, uint32_t index, int32_t p16, int32_t g16) {
     const Job job = {p, g, m, v, q, s, k0, k1, index, p16, g16};

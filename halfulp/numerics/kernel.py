@@ -131,7 +131,7 @@ class _Quantizer(ctypes.Structure):
 
 
 _ROUNDING = {"nearest": 0, "stochastic": 1, "truncate": 2}
-_OVERFLOW, _SATURATE, _WIDE = 0, 1, 2
+_OVERFLOW, _SATURATE, _WIDE, _WIDE_SATURATE = range(4)
 SCALES = ("none", "given", "current", "p2", "e8m0_up", "e8m0_floor", "nvfp4")  # enum of round.h
 
 
@@ -146,14 +146,12 @@ def plan(
 ) -> ctypes.c_void_p:
     """Pointer to the C description of a quantizer; made once and kept for the process's life."""
     saturate = saturate or fmt.overflow == "saturate"
-    if fmt.exponent_bits == 8:
-        kind, largest = _WIDE, fmt.largest
-    else:
-        kind, largest = (_SATURATE if saturate else _OVERFLOW), fmt.largest
+    kinds = (_WIDE, _WIDE_SATURATE) if fmt.exponent_bits == 8 else (_OVERFLOW, _SATURATE)
+    largest = fmt.largest
     struct = _Quantizer(
         fmt.mantissa_bits,
         fmt.smallest_exponent,
-        kind,
+        kinds[saturate],
         _ROUNDING[rounding],
         largest,
         largest if saturate else 2.0 ** min(127, fmt.largest_exponent + 1),

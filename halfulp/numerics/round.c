@@ -66,6 +66,7 @@ CLONES static void round_range(int64_t begin, int64_t end, const void *context) 
         const int64_t left = end - begin;
         if (q.scale != NONE) begin += stretch(&job, q, SATURATE, 1, begin, left);
         else if (q.kind == WIDE) begin += stretch(&job, q, WIDE, 0, begin, left);
+        else if (q.kind == WIDE_SATURATE) begin += stretch(&job, q, WIDE_SATURATE, 0, begin, left);
         else if (q.kind == SATURATE) begin += stretch(&job, q, SATURATE, 0, begin, left);
         else begin += stretch(&job, q, OVERFLOW, 0, begin, left);
     }
@@ -174,8 +175,8 @@ CLONES static void accumulate_range(int64_t begin, int64_t end, const void *cont
     const Quantizer q = *sum.q;
     float *total = sum.total;
     const float *part = sum.part;
-    if (sum.promote) for (int64_t i = begin; i < end; i++) total[i] += wide(part[i], q, TRUNCATE, 0);
-    else for (int64_t i = begin; i < end; i++) total[i] = wide(total[i] + part[i], q, TRUNCATE, 0);
+    if (sum.promote) for (int64_t i = begin; i < end; i++) total[i] += wide(part[i], q, TRUNCATE, 0, 0);
+    else for (int64_t i = begin; i < end; i++) total[i] = wide(total[i] + part[i], q, TRUNCATE, 0, 0);
 }
 
 /* The running sum of a GEMM with few fraction bits: part (promote) or the new total is truncated. */

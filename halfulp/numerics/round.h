@@ -23,7 +23,7 @@
 #endif
 
 enum { NEAREST, STOCHASTIC, TRUNCATE };
-enum { OVERFLOW, SATURATE, WIDE }; /* kind of loop: what the compiler may assume of the format */
+enum { OVERFLOW, SATURATE, WIDE, WIDE_SATURATE }; /* kind of loop: what the compiler may assume of the format */
 enum { NONE, GIVEN, CURRENT, POWER_OF_TWO, E8M0_UP, E8M0_FLOOR, NVFP4 };
 
 typedef struct {
@@ -119,21 +119,20 @@ INLINE float narrow(float x, const Quantizer q, int rounding, int saturate, uint
     return __builtin_copysignf(r, x);
 }
 
-/* Formats with fp32's exponent range: integer arithmetic on the discarded bits. */
-INLINE float wide(float x, const Quantizer q, int rounding, uint32_t random) {
-    uint32_t u = bits_of(x), sign = u & 0x80000000u, magnitude = u ^ sign;
-    uint32_t mask = (1u << (23 - q.mantissa_bits)) - 1, r = magnitude;
+/* Formats with fp32's exponent range: integer arithmetic on the discarded bits. A carry runs on into
+ * the exponent, as it should, and ends at inf; only NaN would run over. */
+INLINE float wide(float x, const Quantizer q, int rounding, int saturate, uint32_t random) {
+    uint32_t u = bits_of(x), mask = (1u << (23 - q.mantissa_bits)) - 1, r = u;
     if (rounding == NEAREST) r += (mask >> 1) + ((u >> (23 - q.mantissa_bits)) & 1);
     if (rounding == STOCHASTIC) r += random & mask;
-    r &= ~mask;
-    uint32_t most = q.saturate ? bits_of(q.largest) : 0x7f800000u; /* the grid's next value is inf */
-    r = r < most ? r : most;
-    r = magnitude > 0x7f800000u ? 0x7fc00000u : r;
-    return float_of(r | sign);
+    r = x == x ? r & ~mask : (u & 0x80000000u) | 0x7fc00000u;
+    if (!saturate) return float_of(r);
+    float whole = __builtin_fabsf(float_of(r));
+    return __builtin_copysignf(q.largest < whole ? q.largest : whole, x);
 }
 
 INLINE float rounded(float x, const Quantizer q, int rounding, int kind, uint32_t random) {
-    return kind == WIDE ? wide(x, q, rounding, random)
+    return kind >= WIDE ? wide(x, q, rounding, kind == WIDE_SATURATE, random)
                         : narrow(x, q, rounding, kind == SATURATE, random);
 }
 

@@ -185,7 +185,8 @@ def _store(x: Tensor, q: Quantizer, rounding: str, key: Key | None, index: int) 
 
 def _fused(q: Quantizer, *tensors: Tensor) -> bool:
     """Whether the one-pass C kernel serves these tensors and this weight format."""
-    simple = q.is_identity or (q.scale == "none" and q.format.exponent_bits == 8)
+    overflows = not q.saturate and q.format.overflow != "saturate"
+    simple = q.is_identity or (q.scale == "none" and q.format.exponent_bits == 8 and overflows)
     weight, grad, *moments = tensors
     dtypes = (torch.float32, torch.bfloat16)
     return (
