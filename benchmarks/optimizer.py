@@ -51,10 +51,14 @@ def parameters(dtype: torch.dtype, gradient: torch.dtype | None = None) -> list[
 def halfulp_runs() -> dict[str, Run]:
     bf16, fp32 = torch.bfloat16, torch.float32
     stochastic = {"weight": "bf16", "update_rounding": "stochastic"}
+    rounded = "bf16:stochastic"  # the moments are bf16 numbers that fp32 tensors carry
     optimizers = {
         "halfulp, bf16 weights and gradients, stochastic": AdamW(parameters(bf16), **stochastic),
         "halfulp, bf16 weights, fp32 gradients, stochastic": AdamW(
             parameters(bf16, fp32), **stochastic
+        ),
+        "halfulp, bf16 weights and moments, stochastic": AdamW(
+            parameters(bf16), **stochastic, moment_m=rounded, moment_v=rounded
         ),
         "halfulp, bf16 values carried in fp32, stochastic": AdamW(parameters(fp32), **stochastic),
         "halfulp, bf16 weights and gradients, nearest": AdamW(parameters(bf16), weight="bf16"),

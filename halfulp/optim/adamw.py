@@ -208,12 +208,11 @@ def _step_c(
     plan = None if q.is_identity else kernel.plan(q.format, rounding, q.saturate)
     high, low = divmod(index, 1 << 32)
     key = key.fold(high) if high else key
-    pointers = (t.data_ptr() for t in (w, grad, m, v))
-    half = (t.dtype is torch.bfloat16 for t in (w, grad))
     numbers = kernel.floats(tuple(scalars.values()))
     status.library.halfulp_adamw(
-        status.parallel, *pointers, w.numel(), plan, numbers, key.k0, key.k1, low, *half
-    )
+        status.parallel, w.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr(), w.numel(), plan,
+        numbers, key.k0, key.k1, low, w.dtype is torch.bfloat16, grad.dtype is torch.bfloat16,
+    )  # fmt: skip
 
 
 def _scalars(group: dict, step: int) -> dict[str, float]:
@@ -242,7 +241,8 @@ def _zeros_like(p: Tensor) -> Tensor:
 def _local(t: Tensor | None) -> Tensor:
     """The shard of a DTensor that this rank holds; other tensors as they are."""
     assert t is not None
-    return t.to_local() if hasattr(t, "to_local") else t.detach()  # pyright: ignore
+    plain = type(t) in (Tensor, torch.nn.Parameter)  # hasattr is slow where it fails
+    return t if plain else (t.to_local() if hasattr(t, "to_local") else t.detach())  # pyright: ignore
 
 
 def _offset(p: Tensor) -> int:
