@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from halfulp.blocks import Gemm
-from halfulp.check.formats import format_quantizer
 from halfulp.errors import CheckError, PolicyError
+from halfulp.formats import format_quantizer
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.hadamard import hadamard
 from halfulp.numerics.quantizer import Quantizer
@@ -96,7 +96,7 @@ def gemm_errors(
 
     * `loss`: runs the forward pass of a training batch and returns the scalar to minimize. The pass
       itself runs unrounded: each error is that of one product alone.
-    * `formats`: words of halfulp.check.formats for both operands, or "G/X" with another format for
+    * `formats`: words of halfulp.formats for both operands, or "G/X" with another format for
       the output gradient: "e5m2/e4m3". Blocks and rows run along the contracted axis.
     * `attention`: also the products QK and PV, where the model calls transformers' attention
       interface.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from halfulp.check.formats import format_quantizer
 from halfulp.check.measure import TARGETS
 from halfulp.check.prices import Prices
 from halfulp.check.survey import Survey, rope_angle_errors
+from halfulp.formats import format_quantizer
 
 PLAN_LIMIT, SITE_LIMIT = 0.05, 0.03  # nats/token: beyond, first order is no prediction
 SHRINKAGE_LIMIT, Z_LIMIT, FLUSH_LIMIT = 0.02, 4.0, 0.01

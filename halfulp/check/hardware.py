@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
-from halfulp.check.formats import format_quantizer
 from halfulp.errors import ConfigError
+from halfulp.formats import format_quantizer
 from halfulp.numerics.quantizer import Quantizer
 
 

@@ -1,6 +1,6 @@
 """Plans: a format for every group, with the fewest bits that a budget of nats per token allows.
 
-Prices add up (round-off spec 3.3), so that a plan is a knapsack: halfulp.check.allocate solves it.
+Prices add up (round-off spec 3.3), so that a plan is a knapsack: halfulp.knapsack solves it.
 What may be chosen is narrowed first, by pins and by what the hardware multiplies; every exclusion
 is kept with its reason. fp32 is the reference and costs nothing.
 """
@@ -16,12 +16,12 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from halfulp.blocks import BlockMap
-from halfulp.check.allocate import allocate
-from halfulp.check.formats import format_bits
 from halfulp.check.groups import Group
 from halfulp.check.hardware import load_hardware
 from halfulp.check.plan_policy import policy_toml
 from halfulp.errors import CheckError, ConfigError
+from halfulp.formats import format_bits
+from halfulp.knapsack import allocate
 from halfulp.policy import Policy
 
 EXACT = "fp32"
@@ -76,7 +76,7 @@ class LowestSafe:
 class Plan:
     """A format for every group, what it is predicted to cost, and what was ruled out."""
 
-    formats: Mapping[str, str]  # group → word of halfulp.check.formats
+    formats: Mapping[str, str]  # group → word of halfulp.formats
     groups: tuple[Group, ...]
     budget: float  # nats per token
     predicted_kl: float

@@ -20,9 +20,9 @@ from fnmatch import fnmatchcase
 
 from halfulp.block_names import globbed
 from halfulp.blocks import BlockMap
-from halfulp.check.formats import format_quantizer
 from halfulp.check.hardware import Hardware
 from halfulp.errors import CheckError
+from halfulp.formats import format_quantizer
 from halfulp.numerics.quantizer import Quantizer, parse_quantizer
 from halfulp.policy import Policy
 from halfulp.toml import dumps

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from halfulp.batch import Batch
 from halfulp.check.adjoint import NotFinite, Pricer, Record, Relink
-from halfulp.check.formats import DEFAULT_FORMATS
 from halfulp.check.places import Places
 from halfulp.check.reference import Reference
 from halfulp.check.setup import prepare
 from halfulp.check.sites import SiteInfo, Walk, parameter_sites
 from halfulp.check.sums import Rounding, Sums
 from halfulp.check.survey import non_finite_error
+from halfulp.formats import DEFAULT_FORMATS
 
 
 @dataclass(frozen=True, kw_only=True)

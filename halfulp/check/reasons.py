@@ -1,8 +1,8 @@
 """Why a site costs what it costs, in one line of words and numbers."""
 
-from halfulp.check.formats import format_quantizer
 from halfulp.check.prices import Prices
 from halfulp.check.survey import Seen
+from halfulp.formats import format_quantizer
 
 _WHAT = {
     "weight": "every token passes through this weight",

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from halfulp.check.formats import format_quantizer
 from halfulp.errors import FormatError
+from halfulp.formats import format_quantizer
 from halfulp.numerics.apply import apply_quantizer, scales
 from halfulp.numerics.quantizer import Quantizer
 from halfulp.numerics.random import Key

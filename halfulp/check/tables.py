@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor
 
 from halfulp.check.detect import Finding
-from halfulp.check.formats import format_bits
 from halfulp.check.prices import Prices
 from halfulp.check.reasons import reason
 from halfulp.check.report import SiteDetail, SiteRow
 from halfulp.check.survey import Survey
+from halfulp.formats import format_bits
 
 TOP_SITES, TOP_CHANGES = 20, 5
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from halfulp.blocks import block_map
-from halfulp.check.formats import format_quantizer
 from halfulp.errors import ConfigError, NonFiniteError
+from halfulp.formats import format_quantizer
 from halfulp.numerics.apply import apply_quantizer, scales
 from halfulp.numerics.quantizer import Quantizer
 
@@ -203,7 +203,7 @@ def update_sheet(
     """What one AdamW step at `lr` would lose in each block and format; the model is unchanged.
 
     * `loss`: runs the forward pass of a training batch and returns the scalar to minimize.
-    * `formats`, `moment_formats`: words of halfulp.check.formats; weights are rounded to nearest.
+    * `formats`, `moment_formats`: words of halfulp.formats; weights are rounded to nearest.
     * `clip`: the gradient norm above which all gradients are scaled down.
     * `moments`: by parameter, the state of a run; without it the step is the first one, whose
       update is lr · sign(g) wherever |g| ≫ eps. Later updates are smaller: a lower bound of loss.

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from halfulp.check.formats import format_bits
 from halfulp.check.report import CheckReport, Row
 from halfulp.errors import FormatError
+from halfulp.formats import format_bits
 from halfulp.report import words
 from halfulp.report.price import FAIL, PASS
 

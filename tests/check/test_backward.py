@@ -9,8 +9,8 @@ from torch import nn
 
 import halfulp
 from halfulp.check.backward import BIAS, GemmErrors, gemm_errors
-from halfulp.check.formats import format_quantizer
 from halfulp.errors import CheckError, PolicyError
+from halfulp.formats import format_quantizer
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.policy import Policy
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from halfulp.check.formats import NAMED, format_bits, format_quantizer
 from halfulp.check.prices import price
 from halfulp.check.sums import Rounding
 from halfulp.check.trace import policy_sites
 from halfulp.errors import FormatError
+from halfulp.formats import NAMED, format_bits, format_quantizer
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.format import get_format
 from halfulp.numerics.quantizer import parse_quantizer

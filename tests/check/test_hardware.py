@@ -2,9 +2,9 @@
 
 import pytest
 
-from halfulp.check.formats import NAMED, format_quantizer
 from halfulp.check.hardware import hardware_class, hardware_names, load_hardware
 from halfulp.errors import ConfigError
+from halfulp.formats import NAMED, format_quantizer
 from halfulp.numerics.format import FORMATS
 
 HAS = {

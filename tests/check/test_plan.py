@@ -12,12 +12,12 @@ import torch
 
 import halfulp
 from halfulp.blocks import block_map
-from halfulp.check.allocate import allocate
-from halfulp.check.formats import format_bits, format_quantizer
 from halfulp.check.groups import Group, gemm_groups, stored_groups, table_groups
 from halfulp.check.plan import average_bits, lowest_safe, plan, predicted_kl, what_if
 from halfulp.check.sites import SiteInfo
 from halfulp.errors import CheckError, ConfigError
+from halfulp.formats import format_bits, format_quantizer
+from halfulp.knapsack import allocate
 from halfulp.policy import Policy
 
 WORDS = ("bf16", "fp16", "e4m3", "e5m2", "mxfp8", "nvfp4")
