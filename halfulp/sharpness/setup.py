@@ -1,0 +1,52 @@
+"""A model and batches that sharpness can be measured on, and the model given back as it was."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from halfulp.batch import Batch
+from halfulp.errors import CheckError
+
+
+def refuse(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """CheckError where no gradients can be had: no batch, no parameters, frozen or inference."""
+    if not batches:
+        raise CheckError("there is no batch to measure on. Give token ids [B, T].")
+    if torch.is_inference_mode_enabled():
+        raise CheckError("sharpness needs gradients. Leave torch.inference_mode() for this call.")
+    named = dict(model.named_parameters())
+    if not named:
+        raise CheckError(f"{type(model).__name__} has no parameter, so nothing to measure.")
+    frozen = [name for name, p in named.items() if not p.requires_grad]
+    if frozen:
+        raise CheckError(
+            f"{len(frozen)} parameters are frozen, the first is {frozen[0]}: a block without "
+            "gradients has no measured sharpness. Unfreeze them with requires_grad_(True) for the "
+            "measurement."
+        )
+
+
+@contextmanager
+def prepared(model: nn.Module) -> Iterator[list[str]]:
+    """Eval mode and the model's own arithmetic inside; yields what the reader must know of that."""
+    notes = []
+    modes = [(module, module.training) for module in model.modules()]
+    if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        notes.append("The model has dropout; it was measured in eval mode, without.")
+    dtypes = {p.dtype for p in model.parameters()} - {torch.float32, torch.float64}
+    if dtypes:
+        name = str(dtypes.pop()).removeprefix("torch.")
+        notes.append(f"Parameters are {name}, and so are their gradients.")
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        if (handle := getattr(model, "halfulp", None)) is not None:
+            stack.enter_context(handle.off())
+            notes.append("The model is quantized; it was measured in its own precision.")
+        model.eval()
+        try:
+            yield notes
+        finally:
+            for module, mode in modes:
+                module.training = mode
