@@ -105,13 +105,12 @@ def terms(found: Curvature, weights: Weights, words: Mapping[str, Quantizer] | Q
         names.setdefault(piece.parameter, []).append(i)
     for name, members in names.items():
         q = words if isinstance(words, Quantizer) else words[name]
-        g, h = found.gradient[name].double(), found.diagonal[name].double()
-        w, e = weights.tensors[name].detach().double(), weights.error(name, q).double()
-        mean, square = weights.moments(name, q)
-        squares = (h * e.square() / 2, g * mean, h * square / 2, e.square(), w.square())
+        g, h, w = found.gradient[name], found.diagonal[name], weights.tensors[name].detach()
+        e, (mean, square) = weights.error(name, q), weights.moments(name, q)
+        parts = (g * e, h * e.square() / 2, g * mean, h * square / 2, e.square(), w.square())
         for i in members:
-            piece = found.pieces[i]
-            table[:, i] = torch.stack([piece.of(part).sum() for part in (g * e, *squares)]).cpu()
+            of = found.pieces[i].of
+            table[:, i] = torch.stack([of(p).sum(dtype=torch.float64) for p in parts]).cpu()
     return Terms(*table)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from halfulp.errors import ConfigError
 from halfulp.formats import format_bits
 
 WHOLE = "all"  # the block of the rows that round every weight at once
@@ -114,25 +115,22 @@ class Forecast:
                 found[row.block] = row.format
         return {row.block: found[row.block] for row in self.blocks}
 
-    def additivity(self, fmt: str) -> float:
-        """Σ of the measured rows of the blocks / the measured row of the whole, nearest."""
-        parts = math.fsum(r.measured for r in self.blocks if r.format == fmt)
-        return parts / self.row(WHOLE, fmt).measured
+    def additivity(self, fmt: str, *, rounding: str = "nearest") -> float:
+        """Σ of the measured changes of the blocks / that of the whole at once.
+
+        Nearest changes have either sign, and where they cancel the quotient says little.
+        """
+        parts = math.fsum(_pair(r, rounding)[1] for r in self.blocks if r.format == fmt)
+        return parts / _pair(self.row(WHOLE, fmt), rounding)[1]
 
     def agreement(self, *, rounding: str = "nearest") -> Agreement:
-        """Measured against predicted over the block types × formats; "nearest" or "stochastic"."""
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding = {rounding!r}; give nearest or stochastic")
-        nearest = rounding == "nearest"
-        rows = [r for r in self.blocks if r.predicted_stochastic]
-        pairs = [
-            (r.predicted, r.measured)
-            if nearest
-            else (r.predicted_stochastic, r.measured_stochastic)
-            for r in rows
-        ]
-        predicted, measured = zip(*pairs, strict=True) if pairs else ((), ())
-        ratios = torch.tensor([m / p for p, m in pairs if p], dtype=torch.float64)
+        """Measured against predicted over the block types × formats; "nearest" or "stochastic".
+
+        Rows that the format leaves as they are, are left out.
+        """
+        pairs = [_pair(r, rounding) for r in self.blocks if r.predicted_stochastic]
+        predicted, measured = [p for p, _ in pairs], [m for _, m in pairs]
+        ratios = torch.tensor([m / p for p, m in pairs if p] or [math.nan], dtype=torch.float64)
         low, median, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
         return Agreement(
             spearman=spearman(predicted, measured), median=median, quartiles=(low, high)
@@ -146,6 +144,15 @@ class Forecast:
         facts["rows"] = [_facts(row) for row in self.rows()]
         facts["lowest"] = self.lowest()
         return json.dumps(facts, indent=1)
+
+
+def _pair(row: RoundingRow, rounding: str) -> tuple[float, float]:
+    """(predicted, measured)"""
+    if rounding == "nearest":
+        return row.predicted, row.measured
+    if rounding == "stochastic":
+        return row.predicted_stochastic, row.measured_stochastic
+    raise ConfigError(f"rounding = {rounding!r} is not measured. Give nearest or stochastic.")
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

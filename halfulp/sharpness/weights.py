@@ -91,7 +91,7 @@ class Weights:
         return self.rounded(name, q).sub_(self.tensors[name].detach())
 
     def moments(self, name: str, q: Quantizer) -> tuple[Tensor, Tensor]:
-        """(E e, E e²) of the error e of stochastic rounding, fp64, shaped like the parameter."""
+        """(E e, E e²) of the error e of stochastic rounding, fp32, shaped like the parameter."""
         mean, square = stochastic_moments(self._oriented(name), q)
         return self._back(name, mean), self._back(name, square)
 
@@ -105,29 +105,27 @@ class Weights:
 
 
 def stochastic_moments(x: Tensor, q: Quantizer) -> tuple[Tensor, Tensor]:
-    """(E e, E e²) of e = Q(x) − x under stochastic rounding by `q`, fp64.
+    """(E e, E e²) of e = Q(x) − x under stochastic rounding of `x` (fp32) by `q`.
 
     Between two grid points lo ≤ x ≤ hi the mean is 0 and the variance (x − lo)(hi − x), in the
     units of x; beyond the largest value the error is certain.
     """
-    s = torch.ones((), device=x.device) if q.scale == "none" else scales(x, q)[0]
+    one = torch.ones((), device=x.device)
+    s, inverse = (one, one) if q.scale == "none" else scales(x, q)
     scaled = (x * s).abs()
-    low = round_to(scaled, q.format, rounding="truncate", saturate=True).double()
+    low = round_to(scaled, q.format, rounding="truncate", saturate=True)
     high = (low + spacing(scaled, q.format)).clamp_(max=q.format.largest)
-    scaled = scaled.double()
-    beyond = (low - scaled).clamp_(max=0).where(scaled > q.format.largest, 0.0)
-    square = torch.where(beyond < 0, beyond.square(), (scaled - low) * (high - scaled))
-    unit = s.double()
-    return beyond * x.sign() / unit, square / unit.square()
+    up, down = (high - scaled) * inverse, (low - scaled) * inverse
+    beyond = scaled > q.format.largest
+    square = torch.where(beyond, down.square(), -up * down)
+    return torch.where(beyond, down * x.sign(), 0.0), square
 
 
 def spacing(magnitude: Tensor, fmt: Format) -> Tensor:
-    """Distance of the grid points around each |x| (from the one below to the next), fp64."""
-    exponent = torch.frexp(magnitude.double())[1] - 1
+    """Distance from the grid point at or below each |x| (fp32) to the next."""
+    exponent = torch.frexp(magnitude)[1] - 1
     exponent = exponent.clamp(min=fmt.smallest_exponent)
-    return torch.ldexp(
-        torch.ones_like(magnitude, dtype=torch.float64), exponent - fmt.mantissa_bits
-    )
+    return torch.ldexp(torch.ones_like(magnitude), exponent - fmt.mantissa_bits)
 
 
 @contextmanager
