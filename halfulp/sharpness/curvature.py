@@ -1,5 +1,6 @@
 """The diagonal of the curvature and the mean gradient at every weight, kept for forecasts."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -95,7 +96,10 @@ def _true_gradient(
 
 
 def loss_on(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """The mean loss of the true labels in nats, over all positions of all batches."""
+    """The mean loss of the true labels in nats, over all positions of all batches.
+
+    NonFiniteError where it is not finite.
+    """
     total, positions = 0.0, 0
     with torch.no_grad():
         for batch in batches:
@@ -105,4 +109,9 @@ def loss_on(model: nn.Module, batches: Sequence[Batch]) -> float:
             )
             total += losses_N.sum(dtype=torch.float64).item()
             positions += len(losses_N)
+    if not math.isfinite(total):
+        raise NonFiniteError(
+            f"the loss of {positions} positions is {total / positions}: no change of it can be "
+            "measured. Leave the batch out, or find its source with `halfulp check`."
+        )
     return total / positions
