@@ -136,19 +136,21 @@ def _rows(
     for block, members in groups.items():
         say(f"{block} in {word}")
         pieces = [found.pieces[i] for i in members]
+        second = _second_order(task, each, found, members, q)
         row = RoundingRow(
             block=block, parameters=sum(p.numel for p in pieces), format=word,
             first_order=each.first[members].sum().item(),
-            second_order=_second_order(task, each, found, members, q),
+            first_order_se=math.sqrt(2 * second / found.positions), second_order=second,
             predicted_stochastic=(each.drift + each.variance)[members].sum().item(),
             rel_se=found.rel_se(members),
         )  # fmt: skip
         rows.append(_measured(task, found, row, pieces, q, each.drift[members].sum().item()))
     say(f"all blocks in {word}")
+    second = math.fsum(r.second_order for r in rows)
     whole = RoundingRow(
         block=WHOLE, parameters=sum(r.parameters for r in rows), format=word,
         first_order=math.fsum(r.first_order for r in rows),
-        second_order=math.fsum(r.second_order for r in rows),
+        first_order_se=math.sqrt(2 * second / found.positions), second_order=second,
         predicted_stochastic=math.fsum(r.predicted_stochastic for r in rows),
         rel_se=found.rel_se(range(len(found.pieces))),
     )  # fmt: skip

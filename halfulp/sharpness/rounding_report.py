@@ -19,6 +19,8 @@ class RoundingRow:
     """One block type in one format; losses in nats per position, changes against the model's own.
 
     * `first_order` g·δ and `second_order` ½ Σ hδ² (½ δᵀGδ for vectors) of nearest rounding.
+    * `first_order_se` √(δᵀGδ / positions): the standard error of g·δ as a mean over positions; the
+      variance of one is the curvature along δ where the model is right about its labels.
     * `predicted_stochastic`: ½ Σ h E e², the expectation under stochastic rounding (and g·E e where
       values lie beyond the largest of the format).
     * `rel_se`: relative standard error of the block's trace over the draws, about that of the
@@ -32,6 +34,7 @@ class RoundingRow:
     parameters: int
     format: str
     first_order: float
+    first_order_se: float
     second_order: float
     predicted_stochastic: float
     rel_se: float
@@ -47,12 +50,12 @@ class RoundingRow:
 
     @property
     def uncertainty(self) -> float:
-        """|g·δ|: on other text its sign is a coin flip, so that it is no gain to count on."""
-        return abs(self.first_order)
+        """What other text may differ by: g·δ is no gain to count on, and is known to its error."""
+        return math.hypot(self.first_order, self.first_order_se)
 
     @property
     def price(self) -> float:
-        """What a budget must hold: the second order + |g·δ|."""
+        """What a budget must hold: the second order + the uncertainty of the first."""
         return self.second_order + self.uncertainty
 
     @property
