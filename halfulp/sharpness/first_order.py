@@ -11,20 +11,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from halfulp.batch import Batch, Predictions, predict
+from halfulp.batch import Batch, predict
 from halfulp.errors import NonFiniteError
 from halfulp.pieces import Piece
+from halfulp.sharpness.sampling import LabelSampler
 
 
 def sampled_labels(logits_NV: Tensor, generator: torch.Generator) -> Tensor:
-    """One label per row, drawn from softmax(logits) by inverting its distribution in fp32."""
-    below_NV = logits_NV.detach().float().softmax(-1).cumsum(-1)
-    draw = torch.rand(len(below_NV), 1, generator=generator, device=generator.device)
-    # The last sum is 1 up to rounding; scaling by it keeps every draw inside.
-    at = draw.to(below_NV.device) * below_NV[:, -1:]
-    return (
-        torch.searchsorted(below_NV, at, right=True).squeeze(-1).clamp_(max=below_NV.shape[1] - 1)
-    )
+    """One label per row, drawn from softmax(logits) by inverting its distribution."""
+    return LabelSampler(log_probabilities(logits_NV.detach())).draw(generator)
+
+
+def log_probabilities(logits_NV: Tensor) -> Tensor:
+    """log softmax of the logits, in fp32 at least."""
+    wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    return wide.log_softmax(-1)
 
 
 def gradients(
@@ -47,20 +48,20 @@ def gradients(
         if not turn:
             continue
         predictions = predict(model, batch)
+        log_p_NV, labels_N = log_probabilities(predictions.logits_NV), predictions.targets_N
+        sampler = LabelSampler(log_p_NV) if sampled else None
         for n in turn:
-            loss = _loss(predictions, generator, sampled=sampled)
+            loss = mean_loss(log_p_NV, sampler.draw(generator) if sampler else labels_N)
             more = n != turn[-1]
             grads = torch.autograd.grad(
                 loss, parameters, retain_graph=more, allow_unused=True, materialize_grads=True
             )
-            yield list(grads), len(predictions.targets_N)
+            yield list(grads), len(labels_N)
 
 
-def _loss(predictions: Predictions, generator: torch.Generator, *, sampled: bool) -> Tensor:
-    logits_NV, labels_N = predictions.logits_NV, predictions.targets_N
-    if sampled:
-        labels_N = sampled_labels(logits_NV, generator)
-    loss = nn.functional.cross_entropy(logits_NV.float(), labels_N)
+def mean_loss(log_p_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Mean loss in nats of `labels_N`; NonFiniteError where it is not finite."""
+    loss = nn.functional.nll_loss(log_p_NV, labels_N)
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(
             f"the loss of a batch of {len(labels_N)} positions is {loss.item()}: no curvature can "
