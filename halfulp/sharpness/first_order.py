@@ -43,20 +43,22 @@ def gradients(
     from the model, else they are the true ones. `.grad` and the global random state are untouched.
     NonFiniteError for a batch whose loss is not finite.
     """
-    turns = [range(i, draws, len(batches)) for i in range(len(batches))]
-    for batch, turn in zip(batches, turns, strict=True):
-        if not turn:
-            continue
+    for batch, count in turns(batches, draws):
         predictions = predict(model, batch)
         log_p_NV, labels_N = log_probabilities(predictions.logits_NV), predictions.targets_N
         sampler = LabelSampler(log_p_NV) if sampled else None
-        for n in turn:
+        for left in reversed(range(count)):
             loss = mean_loss(log_p_NV, sampler.draw(generator) if sampler else labels_N)
-            more = n != turn[-1]
             grads = torch.autograd.grad(
-                loss, parameters, retain_graph=more, allow_unused=True, materialize_grads=True
+                loss, parameters, retain_graph=left > 0, allow_unused=True, materialize_grads=True
             )
             yield list(grads), len(labels_N)
+
+
+def turns(batches: Sequence[Batch], draws: int) -> list[tuple[Batch, int]]:
+    """The batches that `draws` draws in turns use, each with the number of its draws."""
+    counts = [len(range(i, draws, len(batches))) for i in range(len(batches))]
+    return [(batch, n) for batch, n in zip(batches, counts, strict=True) if n]
 
 
 def mean_loss(log_p_NV: Tensor, labels_N: Tensor) -> Tensor:

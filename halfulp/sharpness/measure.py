@@ -2,17 +2,20 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from halfulp.batch import Batch, predict
-from halfulp.errors import CheckError, ConfigError, NonFiniteError
+from halfulp.errors import ConfigError, NonFiniteError
 from halfulp.pieces import Piece, pieces
-from halfulp.sharpness.first_order import gradients, traces
+from halfulp.sharpness.first_order import gradients, log_probabilities, mean_loss, traces
+from halfulp.sharpness.hessian import Hessian, twice_differentiable
+from halfulp.sharpness.hutchinson import probes
+from halfulp.sharpness.lanczos import TOLERANCE, Eigenvalue, eigenvalues
 from halfulp.sharpness.report import PAPER_TYPES, SharpnessReport
+from halfulp.sharpness.setup import prepared, refuse
 
 ESTIMATORS = ("gnb", "fisher", "hutchinson", "lanczos")
 MOST_DRAWS = 1024  # where a wanted error decides how many
@@ -20,8 +23,13 @@ _BIASED = (
     "The empirical Fisher of a mini-batch is not invariant to its size: it adds B ‖E g‖². "
     "Compare blocks only; --estimator gnb has no such bias."
 )
+_INDEFINITE = (
+    "The Hessian is that of the loss on the true labels, which need not be positive: a trace below "
+    "zero is no error. Standard errors are over random probes."
+)
 
 Progress = Callable[[str], None]
+Draws = Callable[[int], Iterator[tuple[Tensor, int]]]  # n → n × (values [pieces], positions)
 
 
 def sharpness(
@@ -39,56 +47,125 @@ def sharpness(
 
     * `batches`: token ids [B, T], the model's keyword arguments, or a sequence of either.
     * `estimator`: "gnb" (Gauss-Newton, unbiased, one backward pass for all blocks), "fisher" (true
-      labels), "hutchinson" (the exact Hessian, by Hessian-vector products) or "lanczos" (largest
-      eigenvalue of the Hessian per block type).
-    * `draws`: labels or probes. Draws take the batches in turns; the standard error covers the
-      batches only where each draw has one of its own.
+      labels), "hutchinson" (the exact Hessian, by random probes) or "lanczos" (the traces of
+      "gnb", and beside them the largest eigenvalue of the exact Hessian of each block type, on the
+      first batch).
+    * `draws`: sampled labels or probes; the empirical Fisher, which is not random, has one per
+      batch at most. Draws take the batches in turns; the standard error covers the batches only
+      where each draw has one of its own.
     * `rel_se`: draw on, up to MOST_DRAWS, until the blocks of the paper have this relative error.
 
-    The model is measured in eval mode and in its own arithmetic (a quantized model as if it were
-    not); it, its `.grad`s and the random state are the same afterwards. Raises CheckError for a
-    model or batch that cannot be measured, ConfigError for an unknown estimator or numbers out of
-    range, PolicyError for parameters in no block and NonFiniteError for losses or gradients that
-    are not finite.
+    The model is measured in eval mode and in its own arithmetic: a quantized model as if it were
+    not, the exact Hessian as `twice_differentiable` says. It, its `.grad`s and the random state are
+    the same afterwards. Raises CheckError for a model or batch that cannot be measured, ConfigError
+    for an unknown estimator or numbers out of range, PolicyError for parameters in no block and
+    NonFiniteError for losses or gradients that are not finite.
     """
     listed = [batches] if isinstance(batches, Tensor | Mapping) else list(batches)
-    _check(model, listed, estimator, draws, rel_se)
+    _check_numbers(estimator, draws, rel_se)
+    refuse(model, listed)
     say = progress or (lambda _: None)
-    parts = pieces(model, hints)
-    with _prepared(model) as notes:
+    eager = getattr(model, "_orig_mod", model)  # of a model from torch.compile
+    parts = pieces(eager, hints)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    with prepared(model) as notes:
         loss, step_seconds = _one_step(model, listed[0])
         start = time.perf_counter()
         report = SharpnessReport(
-            model=type(model).__name__, estimator=estimator, pieces=parts, traces=torch.empty(0),
+            model=type(eager).__name__, estimator=estimator, pieces=parts, traces=torch.empty(0),
             positions=0, loss_nats=loss, seed=seed, notes=tuple(notes),
         )  # fmt: skip
-        report = _first_order(report, model, listed, draws, rel_se, say)
+        if estimator == "hutchinson":
+            with twice_differentiable(eager) as more:
+                source = _probed(eager, listed, parts, generator)
+                report = _drawn(_noted(report, *more, _INDEFINITE), source, draws, rel_se, say)
+        elif estimator == "fisher":
+            source = _differentiated(model, listed, parts, generator, sampled=False)
+            report = _drawn(_noted(report, _BIASED), source, draws, rel_se, say, len(listed))
+        else:
+            source = _differentiated(model, listed, parts, generator)
+            report = _drawn(report, source, draws, rel_se, say)
+        if estimator == "lanczos":
+            report = _with_eigenvalues(report, eager, listed[0], generator, say)
         seconds = time.perf_counter() - start
+    if report.draws < len(listed):
+        report = _noted(report, f"Draws used {report.draws} of the {len(listed)} batches.")
     return replace(report, cost_steps=seconds / step_seconds)
 
 
-def _first_order(
-    report: SharpnessReport, model: nn.Module, batches: list[Batch], draws: int,
-    rel_se: float | None, say: Progress,
-) -> SharpnessReport:  # fmt: skip
-    generator = torch.Generator(_device(model)).manual_seed(report.seed)
-    named = dict(model.named_parameters())
-    parameters = [named[p.parameter] for p in report.pieces]
-    sampled = report.estimator == "gnb"
-    if not sampled:
-        report = replace(report, notes=(*report.notes, _BIASED))
-    values, positions = [], 0
-    while True:
-        wanted = draws if not values else min(len(values), MOST_DRAWS - len(values))
+def _probed(
+    model: nn.Module, batches: Sequence[Batch], parts: Sequence[Piece], generator: torch.Generator
+) -> Draws:
+    return lambda draws: probes(model, batches, parts, draws=draws, generator=generator)
+
+
+def _differentiated(
+    model: nn.Module, batches: Sequence[Batch], parts: Sequence[Piece],
+    generator: torch.Generator, *, sampled: bool = True,
+) -> Draws:  # fmt: skip
+    named = dict(getattr(model, "_orig_mod", model).named_parameters())
+    parameters = [named[p.parameter] for p in parts]
+
+    def draw(draws: int) -> Iterator[tuple[Tensor, int]]:
         for found, positions in gradients(
-            model, batches, parameters, draws=wanted, generator=generator, sampled=sampled
+            model, batches, parameters, draws=draws, generator=generator, sampled=sampled
         ):
-            values.append(traces(found, positions, report.pieces))
-            _check_finite(values[-1], report.pieces)
+            yield traces(found, positions, parts), positions
+
+    return draw
+
+
+def _drawn(
+    report: SharpnessReport, source: Draws, draws: int, rel_se: float | None, say: Progress,
+    most: int | None = None,
+) -> SharpnessReport:  # fmt: skip
+    """`draws` draws; with a wanted error, doubled until it is reached or there are `most`."""
+    most = max(draws, MOST_DRAWS) if most is None else most
+    values: list[Tensor] = []
+    wanted = min(draws, most)
+    while wanted > 0:
+        for value, positions in source(wanted):
+            _check_finite(value, report.pieces)
+            values.append(value)
+            report = replace(report, positions=positions)
             say(f"draw {len(values)}")
-        report = replace(report, traces=torch.stack(values), positions=positions)
-        if rel_se is None or len(values) >= MOST_DRAWS or _precise(report, rel_se):
+        report = replace(report, traces=torch.stack(values))
+        if rel_se is None or _precise(report, rel_se):
             return report
+        wanted = min(len(values), most - len(values))
+    return _noted(report, f"{len(values)} draws did not reach the relative error {rel_se:g}.")
+
+
+def _with_eigenvalues(
+    report: SharpnessReport, model: nn.Module, batch: Batch, generator: torch.Generator,
+    say: Progress,
+) -> SharpnessReport:  # fmt: skip
+    say("eigenvalues")
+    with twice_differentiable(model) as notes:
+        hessian = Hessian(model, batch, report.pieces)
+        hessian.check(generator)
+        found = eigenvalues(hessian, generator=generator)
+    largest = (
+        "Largest eigenvalues are those of the exact Hessian of the first batch, "
+        f"{hessian.positions} positions; traces are the Gauss-Newton matrix's."
+    )
+    report = replace(report, eigenvalues={kind: e.value for kind, e in found.items()})
+    return _noted(report, *notes, largest, *_unconverged(found))
+
+
+def _unconverged(found: Mapping[str, Eigenvalue]) -> list[str]:
+    rough = {kind: e for kind, e in found.items() if not e.converged}
+    if not rough:
+        return []
+    each = ", ".join(f"{kind} (± {e.residual:.2g})" for kind, e in rough.items())
+    return [
+        f"Lanczos did not come within {TOLERANCE:.0%} in {max(e.steps for e in rough.values())} "
+        f"steps, so these eigenvalues are lower bounds: {each}."
+    ]
+
+
+def _noted(report: SharpnessReport, *notes: str) -> SharpnessReport:
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def _precise(report: SharpnessReport, rel_se: float) -> bool:
@@ -105,44 +182,20 @@ def _check_finite(values: Tensor, parts: Sequence[Piece]) -> None:
 
 
 def _one_step(model: nn.Module, batch: Batch) -> tuple[float, float]:
-    """(loss in nats, seconds of a forward and backward pass)."""
-    start = time.perf_counter()
-    predictions = predict(model, batch)
-    loss = nn.functional.cross_entropy(predictions.logits_NV.float(), predictions.targets_N)
-    torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    return loss.item(), time.perf_counter() - start
+    """(loss in nats, seconds of a forward and backward pass, the better of two)."""
+    taken, loss = [], torch.empty(0)
+    for _ in range(2):
+        start = time.perf_counter()
+        predictions = predict(model, batch)
+        loss = mean_loss(log_probabilities(predictions.logits_NV), predictions.targets_N)
+        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        if loss.is_cuda:
+            torch.cuda.synchronize(loss.device)
+        taken.append(time.perf_counter() - start)
+    return loss.item(), min(taken)
 
 
-@contextmanager
-def _prepared(model: nn.Module) -> Iterator[list[str]]:
-    """Eval mode and the model's own arithmetic inside; yields what the reader must know of that."""
-    notes = []
-    modes = [(module, module.training) for module in model.modules()]
-    if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        notes.append("The model has dropout; it was measured in eval mode, without.")
-    dtypes = {p.dtype for p in model.parameters()} - {torch.float32, torch.float64}
-    if dtypes:
-        name = str(dtypes.pop()).removeprefix("torch.")
-        notes.append(f"Parameters are {name}, and so are their gradients.")
-    with ExitStack() as stack:
-        if (handle := getattr(model, "halfulp", None)) is not None:
-            stack.enter_context(handle.off())
-            notes.append("The model is quantized; it was measured in its own precision.")
-        model.eval()
-        try:
-            yield notes
-        finally:
-            for module, mode in modes:
-                module.training = mode
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _check(
-    model: nn.Module, batches: list[Batch], estimator: str, draws: int, rel_se: float | None
-) -> None:
+def _check_numbers(estimator: str, draws: int, rel_se: float | None) -> None:
     if estimator not in ESTIMATORS:
         raise ConfigError(
             f"estimator = {estimator!r} does not exist. Give one of {', '.join(ESTIMATORS)}."
@@ -151,14 +204,3 @@ def _check(
         raise ConfigError(f"draws = {draws} gives no standard error. Give 2 or more.")
     if rel_se is not None and not 0 < rel_se < 1:
         raise ConfigError(f"rel_se = {rel_se} is no relative error. Give a number in (0, 1).")
-    if not batches:
-        raise CheckError("there is no batch to measure on. Give token ids [B, T].")
-    if torch.is_inference_mode_enabled():
-        raise CheckError("sharpness needs gradients. Leave torch.inference_mode() for this call.")
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    if frozen:
-        raise CheckError(
-            f"{len(frozen)} parameters are frozen, the first is {frozen[0]}: a block without "
-            "gradients has no measured sharpness. Unfreeze them with requires_grad_(True) for the "
-            "measurement."
-        )
