@@ -13,14 +13,14 @@ from halfulp.pieces import Piece, pieces
 
 VOCAB = 20
 TINY: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 12, "n_head": 2, "n_layer": 2, "n_inner": 28, "n_positions": 8},
+    "gpt2": {"n_embd": 12, "n_head": 2, "n_layer": 2, "n_inner": 24, "n_positions": 8},
     "llama": {
         "hidden_size": 12,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 6,
         "num_hidden_layers": 2,
-        "intermediate_size": 28,
+        "intermediate_size": 24,
         "max_position_embeddings": 16,
         "tie_word_embeddings": False,
     },
@@ -53,7 +53,7 @@ def tiny(family: str) -> nn.Module:
     return model
 
 
-def ids(rows: int = 3, length: int = 8, *, vocab: int = VOCAB, seed: int = 1) -> Tensor:
+def ids(rows: int = 2, length: int = 8, *, vocab: int = VOCAB, seed: int = 1) -> Tensor:
     return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 

@@ -142,4 +142,4 @@ def test_eigenvalues_stand_beside_gauss_newton_traces():
     assert report.eigenvalues["vo"] == pytest.approx(exact, rel=2e-3)
     assert report.eigenvalues.keys() == c.by_type().keys()
     assert "MATH kernel" in " ".join(report.notes)
-    assert "first batch, 21 positions" in " ".join(report.notes)
+    assert "first batch, 14 positions" in " ".join(report.notes)
