@@ -15,6 +15,7 @@ from halfulp.batch import Batch, predict
 from halfulp.errors import NonFiniteError
 from halfulp.pieces import Piece
 from halfulp.sharpness.sampling import LabelSampler
+from halfulp.sharpness.setup import is_compiled
 
 
 def sampled_labels(logits_NV: Tensor, generator: torch.Generator) -> Tensor:
@@ -39,20 +40,24 @@ def gradients(
 ) -> Iterator[tuple[list[Tensor], int]]:
     """(gradients of the mean loss, number B of positions) of each of `draws` draws.
 
-    Batches take turns; those drawn from several times run forward once. `sampled`: labels come
-    from the model, else they are the true ones. `.grad` and the global random state are untouched.
+    Batches take turns; those drawn from several times run forward once, but a compiled model, whose
+    graph lasts for one backward pass, each time. `sampled`: labels come from the model, else they
+    are the true ones. `.grad` and the global random state are untouched.
     NonFiniteError for a batch whose loss is not finite.
     """
+    shared = not is_compiled(model)
     for batch, count in turns(batches, draws):
-        predictions = predict(model, batch)
-        log_p_NV, labels_N = log_probabilities(predictions.logits_NV), predictions.targets_N
-        sampler = LabelSampler(log_p_NV) if sampled else None
-        for left in reversed(range(count)):
-            loss = mean_loss(log_p_NV, sampler.draw(generator) if sampler else labels_N)
-            grads = torch.autograd.grad(
-                loss, parameters, retain_graph=left > 0, allow_unused=True, materialize_grads=True
-            )
-            yield list(grads), len(labels_N)
+        for n in (count,) if shared else (1,) * count:
+            predictions = predict(model, batch)
+            log_p_NV, labels_N = log_probabilities(predictions.logits_NV), predictions.targets_N
+            sampler = LabelSampler(log_p_NV) if sampled else None
+            for left in reversed(range(n)):
+                loss = mean_loss(log_p_NV, sampler.draw(generator) if sampler else labels_N)
+                found = torch.autograd.grad(
+                    loss, parameters, retain_graph=left > 0,
+                    allow_unused=True, materialize_grads=True,
+                )  # fmt: skip
+                yield list(found), len(labels_N)
 
 
 def turns(batches: Sequence[Batch], draws: int) -> list[tuple[Batch, int]]:

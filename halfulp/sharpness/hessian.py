@@ -15,6 +15,7 @@ from halfulp.batch import Batch, predict
 from halfulp.errors import CheckError
 from halfulp.pieces import Piece
 from halfulp.sharpness.first_order import log_probabilities, mean_loss
+from halfulp.sharpness.setup import is_compiled
 
 _OWN = ("eager", "halfulp")  # attention written in differentiable torch operations
 _STEP = 3e-3  # of the finite difference, in root mean squares of each parameter
@@ -40,7 +41,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[list[str]]:
         if torch.is_autocast_enabled(device):
             notes.append("Autocast was left out: second derivatives need fp32.")
         stack.enter_context(torch.autocast(device, enabled=False))
-        if any(map(_is_compiled, model.modules())):
+        if is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             notes.append("The model is compiled; its eager modules were measured.")
         yield notes
@@ -61,11 +62,6 @@ def _attention_note(model: nn.Module) -> str:
         f"scaled_dot_product_attention{asked} ran as its MATH kernel, which can be differentiated "
         "twice."
     )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    in_place = getattr(module, "_compiled_call_impl", None) is not None
-    return in_place or "_orig_mod" in module._modules
 
 
 class Hessian:

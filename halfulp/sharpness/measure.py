@@ -76,7 +76,7 @@ def sharpness(
             positions=0, loss_nats=loss, seed=seed, notes=tuple(notes),
         )  # fmt: skip
         if estimator == "hutchinson":
-            with twice_differentiable(eager) as more:
+            with twice_differentiable(model) as more:
                 source = _probed(eager, listed, parts, generator)
                 report = _drawn(_noted(report, *more, _INDEFINITE), source, draws, rel_se, say)
         elif estimator == "fisher":
@@ -86,7 +86,7 @@ def sharpness(
             source = _differentiated(model, listed, parts, generator)
             report = _drawn(report, source, draws, rel_se, say)
         if estimator == "lanczos":
-            report = _with_eigenvalues(report, eager, listed[0], generator, say)
+            report = _with_eigenvalues(report, model, listed[0], generator, say)
         seconds = time.perf_counter() - start
     if report.draws < len(listed):
         report = _noted(report, f"Draws used {report.draws} of the {len(listed)} batches.")
@@ -142,7 +142,7 @@ def _with_eigenvalues(
 ) -> SharpnessReport:  # fmt: skip
     say("eigenvalues")
     with twice_differentiable(model) as notes:
-        hessian = Hessian(model, batch, report.pieces)
+        hessian = Hessian(getattr(model, "_orig_mod", model), batch, report.pieces)
         hessian.check(generator)
         found = eigenvalues(hessian, generator=generator)
     largest = (

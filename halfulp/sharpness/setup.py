@@ -50,3 +50,10 @@ def prepared(model: nn.Module) -> Iterator[list[str]]:
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `model` or a module of it is compiled, by torch.compile(module) or in place."""
+    modules = list(model.modules())
+    in_place = any(getattr(m, "_compiled_call_impl", None) is not None for m in modules)
+    return in_place or any("_orig_mod" in m._modules for m in modules)
