@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("rounding", "optimizer", "training", "check")
+SCRIPTS = ("rounding", "optimizer", "training", "check", "sharpness")
 FOLDER = Path(__file__).parent
 _HEAD = (
     "# Speed\n\nWritten by `python -m benchmarks`; `python -m benchmarks NAME …` measures the "

@@ -52,11 +52,12 @@ def probes(
         for _ in range(count):
             values = torch.zeros(len(pieces), dtype=torch.float64)
             for members in groups:
-                values[members] = _probe(hessian, members, generator)
+                values[members] = probe(hessian, members, generator)
             yield values, hessian.positions
 
 
-def _probe(hessian: Hessian, members: Sequence[int], generator: torch.Generator) -> Tensor:
+def probe(hessian: Hessian, members: Sequence[int], generator: torch.Generator) -> Tensor:
+    """vᵀ H v of each of the pieces `members`, fp64, under one probe of all of them."""
     views = [hessian.pieces[i].of(hessian.parameters[hessian.pieces[i].parameter]) for i in members]
     vectors = [signs_like(view, generator) for view in views]
     found = hessian.product(members, vectors)

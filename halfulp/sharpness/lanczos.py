@@ -83,12 +83,13 @@ def eigenvalues(
         size = sum(hessian.pieces[i].numel for i in members)
         start = torch.randn(size, generator=generator, device=generator.device).to(like)
         found[kind] = largest_eigenvalue(
-            _on_vectors(hessian, members), start, steps=steps, tolerance=tolerance
+            on_vectors(hessian, members), start, steps=steps, tolerance=tolerance
         )
     return found
 
 
-def _on_vectors(hessian: Hessian, members: Sequence[int]) -> Callable[[Tensor], Tensor]:
+def on_vectors(hessian: Hessian, members: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """The Hessian's block at the pieces `members` as a product with flat vectors."""
     pieces = [hessian.pieces[i] for i in members]
     shapes = [p.of(hessian.parameters[p.parameter]).shape for p in pieces]
 
