@@ -155,7 +155,9 @@ def sampling(seconds: float) -> None:
                     sampled_labels(x, g)
                 ),
                 "ours: a further draw": lambda s=sampler, g=generator: s.draw(g),
-                "softmax, running sum, search": lambda x=logits, g=generator: flat(x, g),
+                "softmax, running sum, search; log softmax extra": lambda x=logits, g=generator: (
+                    flat(x, g)
+                ),
                 "torch.multinomial": lambda x=logits, g=generator: torch.multinomial(
                     x.softmax(-1), 1, generator=g
                 ),
