@@ -183,7 +183,7 @@ def compare(family: str, *, quick: bool) -> None:
     )
     for name, found in columns.items():
         if isinstance(found, Absent):
-            text += f"\n\n{name} {found.why}."
+            text += f"\n\n{name} {found.why.rstrip('.')}."
     for name, peer, mine in (
         ("curvlinops GGN", ggn, gnb), ("curvlinops Hessian", hessian, probed),
         ("PyHessian", power, probed),
