@@ -25,7 +25,7 @@ _BIASED = (
 )
 _INDEFINITE = (
     "The Hessian is that of the loss on the true labels, which need not be positive: a trace below "
-    "zero is no error. Standard errors are over random probes."
+    "zero is no error. Standard errors are over the random probes and their batches."
 )
 
 Progress = Callable[[str], None]
