@@ -25,7 +25,8 @@ class LabelSampler:
         run_N1 = _invert(self.sums_NR, generator)
         at = run_N1 * _RUN + torch.arange(_RUN, device=run_N1.device)
         p = self.log_p_NV.gather(1, at.clamp(max=vocab - 1)).exp_().masked_fill_(at >= vocab, 0.0)
-        return (run_N1 * _RUN + _invert(p, generator)).squeeze(1)
+        # Rows that are not finite give the last index of all, for the loss to find.
+        return (run_N1 * _RUN + _invert(p, generator)).squeeze(1).clamp_(max=vocab - 1)
 
 
 def _run_sums(log_p_NV: Tensor) -> Tensor:

@@ -54,3 +54,8 @@ def test_the_same_generator_gives_the_same_labels():
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+def test_rows_that_are_not_finite_have_labels_within_the_vocabulary():
+    labels = sampled_labels(torch.full((3, 31), torch.nan), torch.Generator().manual_seed(0))
+    assert bool(((labels >= 0) & (labels < 31)).all())
