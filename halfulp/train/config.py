@@ -98,6 +98,14 @@ class PolicySection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharpnessSection:
+    """How often the sharpness of every block is measured; nothing else of the run depends on it."""
+
+    every: int = 100  # steps; 0 = never
+    draws: int = 1  # labels, each of a micro-batch of its own; one costs about a micro-batch
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSection:
     """Where the run is written."""
 
@@ -113,6 +121,7 @@ class TrainConfig:
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
     policy: PolicySection = field(default_factory=PolicySection)
+    sharpness: SharpnessSection = field(default_factory=SharpnessSection)
     run: RunSection = field(default_factory=RunSection)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,6 +155,8 @@ def check(config: TrainConfig) -> None:
     _at_least("data.length", config.data.length, 1)
     _at_least("model.layers", config.model.layers, 0)
     _at_least("model.hidden", config.model.hidden, 0)
+    _at_least("sharpness.every", config.sharpness.every, 0)
+    _at_least("sharpness.draws", config.sharpness.draws, 1)
     for tracker in config.run.trackers:
         _one_of("run.trackers", tracker, TRACKERS)
 

@@ -18,6 +18,7 @@ from halfulp.train.open import Start, open_session
 from halfulp.train.parallel import open_world
 from halfulp.train.precision import name_of
 from halfulp.train.session import OnEvent, Session
+from halfulp.train.sharpness import MONITOR, fields_of, measure
 from halfulp.train.signals import Interrupt
 from halfulp.train.state import snapshot
 from halfulp.train.step import Outcome, run_step
@@ -107,6 +108,9 @@ def _one_step(s: Session, interrupt: Interrupt) -> bool:
     _report_step(s, outcome, seconds)
     if counting:
         _report_counters(s)
+    if _due(s.step, s.config.sharpness.every):
+        measured = measure(s, draws=s.config.sharpness.draws, key=MONITOR)
+        s.emit("sharpness", step=s.step, **fields_of(measured))
     if _due(s.step, train.eval_every):
         _evaluate(s)
     if _due(s.step, train.checkpoint_every) and s.step < train.steps:

@@ -10,6 +10,7 @@ from halfulp.blocks import block_map
 from halfulp.data import Data, open_data
 from halfulp.errors import PolicyError, RunError, require
 from halfulp.numerics.kernel import cache_directory
+from halfulp.pieces import pieces
 from halfulp.run import Run
 from halfulp.trackers import open_trackers
 from halfulp.train import checkpoint
@@ -49,10 +50,11 @@ def open_session(
     built = build_model(config.model, vocab=data.vocab, length=length, seed=seed)
     model = built.model.to(world.device)
     blocks = dict(block_map(model, config.model.hints).parameters)
+    parts = pieces(model, config.model.hints)
     shape = config_json(model)  # before quantize, which changes its attention implementation
     precision = Precision(model, config, load_policies(config.policy), config.model.hints)
     with Session(
-        config, world, data, model, precision, blocks, shape, micro_batches, on_event
+        config, world, data, model, precision, blocks, parts, shape, micro_batches, on_event
     ) as session:
         _prepare(session, finished)
         if loaded:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from halfulp.data import Data
+from halfulp.pieces import Piece
 from halfulp.run import Run
 from halfulp.train.config import TrainConfig
 from halfulp.train.parallel import World
@@ -30,6 +31,7 @@ class Session:
     model: nn.Module
     precision: Precision
     blocks: Mapping[str, str]  # parameter -> block
+    pieces: tuple[Piece, ...]  # of the parameters, as sharpness tells them apart
     shape: str  # config.json of the model
     micro_batches: int
     on_event: OnEvent | None = None
