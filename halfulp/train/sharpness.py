@@ -63,7 +63,7 @@ def measure(s: Session, *, draws: int, key: int) -> Measured:
         model=type(s.model).__name__, estimator="gnb", pieces=s.pieces,
         traces=packed[:-5].view(draws, -1).cpu(), positions=state.positions // draws,
         loss_nats=state.loss_nats, seed=s.config.train.seed,
-        cost_steps=seconds / (s.seconds / s.step) if s.step else math.nan,
+        cost_steps=seconds * s.step / s.seconds if s.seconds else math.nan,
         notes=("Measured on training data, in the model's own precision.",),
     )  # fmt: skip
     return Measured(report, state, seconds)
@@ -103,18 +103,22 @@ def _one_draw(s: Session, draw: int, key: int) -> tuple[Tensor, Tensor]:
 
 def _gradients(s: Session, loss: Tensor) -> list[Tensor]:
     """The gradient of each piece's parameter; under fsdp2 averaged over the processes."""
-    named = dict(s.model.named_parameters())
-    parameters = [named[piece.parameter] for piece in s.pieces]
     if s.world.mode != "fsdp2":
         return list(
-            torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            torch.autograd.grad(loss, _parameters(s), allow_unused=True, materialize_grads=True)
         )
     with synchronized(s.shared, s.world, True):
         loss.backward()
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    for parameter in parameters:
+    sharded = _parameters(s)  # only now: between forward and backward they are whole
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in sharded]
+    for parameter in sharded:
         parameter.grad = None
     return found
+
+
+def _parameters(s: Session) -> list[nn.Parameter]:
+    named = dict(s.model.named_parameters())
+    return [named[piece.parameter] for piece in s.pieces]
 
 
 def _addends(s: Session, gradients: Sequence[Tensor], positions: int) -> Tensor:

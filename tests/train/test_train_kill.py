@@ -27,7 +27,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def said(path: Path) -> list[dict]:
     """Events that a killed run must share with a whole one: everything but times and starts."""
     dull = ("time", "seconds")
-    kinds = ("step", "eval", "counters", "schedule")
+    kinds = ("step", "eval", "counters", "schedule", "sharpness")
     events = (e for e in Run.open(path, writer=False).events() if e["event"] in kinds)
     return [{k: v for k, v in e.items() if k not in dull} for e in events]
 
@@ -37,8 +37,9 @@ def test_a_run_killed_at_random_moments_ends_bit_by_bit_like_a_whole_one(make_co
     """Stochastic weights first, delayed scales later: all the state that a run can have."""
     stages = {"recipe": "te_delayed", "schedule": [{"until": 0.4, "recipe": "bf16_weights_sr"}]}
     options = {"steps": 30, "checkpoint_every": 1 + 2 * seed, "eval_every": 5}
-    whole = train(make_config("whole", policy=stages, train=options)).path
-    config = make_config("killed", policy=stages, train=options)
+    given = {"policy": stages, "train": options, "sharpness": {"every": 3}}
+    whole = train(make_config("whole", **given)).path
+    config = make_config("killed", **given)
     path, chance = Path(config.run.out), random.Random(seed)
     kills = 0
     while kills < KILLS:
