@@ -10,7 +10,8 @@ in the forward pass (nearest, scaled per tensor) and E5M2 gradients in the backw
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,15 @@ import halfulp
 from halfulp.optim import AdamW, param_groups
 from halfulp.policy import Policy
 from halfulp.quantization import Quantized
+from halfulp.train import checkpoint
 from halfulp.train.config import ModelConfig, load_config
 from halfulp.train.model import build_model, next_token_loss
+from halfulp.train.open import Start, open_session
+from halfulp.train.parallel import open_world
+from halfulp.train.session import Session
+from halfulp.train.sharpness import MONITOR, measure
+from halfulp.train.state import snapshot
+from halfulp.train.step import run_step
 
 VOCAB, ROWS, LENGTH = 2048, 8, 128
 COUNT_EVERY = load_config({}).train.count_every
@@ -229,37 +237,55 @@ def counters(model: nn.Module, threads: int, seconds: float) -> list[list[str]]:
     return lines
 
 
+@contextmanager
+def run_in(folder: str, policy: dict[str, str] | None = None) -> Iterator[Session]:
+    """A run of the model and step of this benchmark, about to begin."""
+    config = load_config(
+        {
+            "data": {"length": LENGTH, "max_tokens": 200_000},
+            "train": {"rows": ROWS, "device": "cpu"},
+            "policy": policy or {},
+            "run": {"out": f"{folder}/run"},
+        }
+    )
+    start = Start(command=("benchmark",))
+    with open_world(config.train) as world, open_session(config, world, start, None) as session:
+        yield session
+
+
 def checkpoints(threads: int, seconds: float) -> list[list[str]]:
     """Taking a snapshot of a run, and writing it to disk, in training steps of that run."""
-    from halfulp.train import checkpoint
-    from halfulp.train.open import Start, open_session
-    from halfulp.train.parallel import open_world
-    from halfulp.train.state import snapshot
-    from halfulp.train.step import run_step
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = load_config(
-            {
-                "data": {"length": LENGTH, "max_tokens": 200_000},
-                "train": {"rows": ROWS, "device": "cpu"},
-                "run": {"out": f"{folder}/run"},
-            }
-        )
-        with (
-            open_world(config.train) as world,
-            open_session(config, world, Start(command=("benchmark",)), None) as session,
-        ):
-            steps = {
-                "step": lambda: run_step(session, interrupted=False),
-                "snapshot": lambda: snapshot(session),
-                "save": lambda: checkpoint.save(Path(folder), snapshot(session), keep=1),
-            }
-            times = interleave(steps, threads=threads, seconds=seconds)
+    with tempfile.TemporaryDirectory() as folder, run_in(folder) as session:
+        steps = {
+            "step": lambda: run_step(session, interrupted=False),
+            "snapshot": lambda: snapshot(session),
+            "save": lambda: checkpoint.save(Path(folder), snapshot(session), keep=1),
+        }
+        times = interleave(steps, threads=threads, seconds=seconds)
     copied, saved = (times[name].best / times["step"].best for name in ("snapshot", "save"))
     return [
         ["snapshot of weights and optimizer, steps", f"{copied:.2f}", verdict(copied, 1.0)],
         ["snapshot, sha256 and write to disk, steps", f"{saved:.2f}", ""],
     ]
+
+
+def sharpness(threads: int, seconds: float) -> list[list[str]]:
+    """What measuring the sharpness of every block at the default interval adds to a run."""
+    lines = []
+    for recipe in ("fp32", "te_delayed"):
+        with tempfile.TemporaryDirectory() as folder, run_in(folder, {"recipe": recipe}) as s:
+            every, draws = s.config.sharpness.every, s.config.sharpness.draws
+            steps = {
+                "step": lambda s=s: run_step(s, interrupted=False),
+                "measured": lambda s=s, d=draws: measure(s, draws=d, key=MONITOR),
+            }
+            times = interleave(steps, threads=threads, seconds=seconds)
+        draw = times["measured"].best / times["step"].best
+        lines.append([f"sharpness of every block, {recipe}, steps", f"{draw:.2f}", ""])
+        share = draw / every * 100
+        what = f"the same every {every} steps, % of the run"
+        lines.append([what, f"{share:.2f}", verdict(share, 2.0)])
+    return lines
 
 
 def main() -> None:
@@ -275,6 +301,7 @@ def main() -> None:
     model = build_model(ModelConfig(preset="llama-3m"), vocab=VOCAB, length=LENGTH, seed=0).model
     compare("Eager", eager(model), GOALS, args.threads, seconds)
     lines = [*counters(model, args.threads, seconds), *checkpoints(args.threads, seconds / 3)]
+    lines += sharpness(args.threads, seconds / 3)
     section(f"Around the step, {how(args.threads)}", table(["what", "figure", "goal"], lines))
     if not (args.no_compile or args.quick):
         goals = {"FP8, compiled": 1.08}

@@ -16,7 +16,7 @@ from halfulp.errors import ConfigError
 
 EPS = 5e-4  # the smaller of the two in Keskar et al.
 TOKENS = ("all", "last")
-_CHUNK = 1 << 20  # logits at a time
+_CHUNK = 1 << 18  # logits at a time, to stay in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +103,14 @@ def state_of(sums: Tensor) -> LogitsState:
 
 
 def _sums(y_NV: Tensor, t_N1: Tensor, eps: float) -> Tensor:
-    logz_N1 = y_NV.logsumexp(-1, keepdim=True)
-    p_NV = (y_NV - logz_N1).exp_()
-    loss = (logz_N1 - y_NV.gather(-1, t_N1)).sum(dtype=torch.float64)
+    logp_NV = y_NV.log_softmax(-1)
+    logp_N1 = logp_NV.gather(-1, t_N1)
+    logz_N1 = y_NV.gather(-1, t_N1) - logp_N1
+    p_NV = logp_NV.exp_()
     rises = [_rise(y, p_NV, t_N1, eps) for y in (y_NV, y_NV - y_NV.mean(-1, keepdim=True))]
     count = torch.tensor(len(y_NV), dtype=torch.float64, device=y_NV.device)
-    return torch.stack([loss, *rises, logz_N1.sum(dtype=torch.float64), count])
+    means = [-logp_N1.sum(dtype=torch.float64), *rises, logz_N1.sum(dtype=torch.float64)]
+    return torch.stack([*means, count])
 
 
 def _rise(y_NV: Tensor, p_NV: Tensor, t_N1: Tensor, eps: float) -> Tensor:

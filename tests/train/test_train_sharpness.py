@@ -160,6 +160,7 @@ def test_recomputed_activations_give_the_same_sharpness(make_config):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # inductor's own
 def test_compiled_runs_give_the_same_bits_measured_or_not(make_config):
     runs = []
     for name, every in (("plain", 0), ("measured", 2)):
