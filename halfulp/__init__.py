@@ -11,6 +11,7 @@ _EXPORTS = {
     "Key": "halfulp.numerics.random",
     "Policy": "halfulp.policy",
     "Quantized": "halfulp.quantization",
+    "SharpnessMonitor": "halfulp.sharpness.noise",
     "apply_quantizer": "halfulp.numerics.apply",
     "block_map": "halfulp.blocks",
     "get_format": "halfulp.numerics.format",

@@ -5,8 +5,9 @@ import torch
 from processes import train_together
 from safetensors.torch import load_file
 
-from halfulp.errors import ConfigError
+from halfulp.errors import CheckError, ConfigError
 from halfulp.run import Run
+from halfulp.sharpness.critical import adam_direction
 from halfulp.sharpness.first_order import sampled_labels
 from halfulp.train.loop import config_of, train
 from halfulp.train.model import next_token_loss
@@ -221,3 +222,22 @@ def test_a_run_is_measured_by_default_and_numbers_out_of_range_are_refused(make_
     for bad in ({"every": -1}, {"draws": 0}):
         with pytest.raises(ConfigError, match=r"sharpness\.\w+ = -?\d+ is too small"):
             make_config(sharpness=bad)
+
+
+def test_the_direction_of_a_checkpoint_is_the_update_that_made_it(make_config):
+    options = {"weight_decay": 0.0, "checkpoint_every": 1, "keep": 2, "steps": 5, "clip": 0.0}
+    config = make_config(train=options)
+    path = train(config).path
+    lr = said(path, "step")[-1]["lr"]
+    betas, eps = config.train.betas, config.train.eps
+    found = adam_direction(path / "checkpoints/step-00000005", betas=betas, eps=eps)
+    before, after = (
+        load_file(path / f"checkpoints/step-0000000{n}/model.safetensors") for n in "45"
+    )
+    assert found.keys() == after.keys()
+    for name, direction in found.items():
+        moved = after[name] - before[name]
+        assert moved.abs().max() > 0
+        assert torch.allclose(moved, lr * direction, rtol=1e-2, atol=1e-7), name
+    with pytest.raises(CheckError, match="does not exist. Give a checkpoint"):
+        adam_direction(path, betas=betas, eps=eps)
