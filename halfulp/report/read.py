@@ -71,6 +71,7 @@ class Record:
     skipped_steps: int  # by the loss scale
     stages: tuple[tuple[int, str], ...]  # first step and recipe of every stage of a schedule
     formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # operand → formats seen
+    sharpness: tuple[Mapping[str, Any], ...] = ()  # its events, by step
 
     @property
     def broke_at(self) -> int:
@@ -162,6 +163,7 @@ def _read(path: Path) -> Record:
         ),
         torn=_is_torn(run.path / "events.jsonl"),
         formats=_formats(tallies.values()),
+        sharpness=_latest(events.get("sharpness", ())),
     )
 
 
@@ -195,6 +197,12 @@ def _curve(events: Iterable[Mapping[str, Any]], key: str) -> Curve:
     values = {int(e["step"]): e[key] for e in events if e.get(key) is not None and "step" in e}
     steps = sorted(values)
     return Curve(np.array(steps, int), np.array([float(values[s]) for s in steps], float))
+
+
+def _latest(events: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """One event per step, the last, in the order of steps."""
+    latest = {int(event["step"]): event for event in events}
+    return tuple(latest[step] for step in sorted(latest))
 
 
 def _speed(summary: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> float:

@@ -56,6 +56,7 @@ def write_run(
     finish: bool = True,
     settings: dict[str, Any] | None = None,
     speed: float = 9000.0,
+    sharp: Callable[[str, float], float] | None = None,
 ) -> Path:
     steps = STEPS if steps is None else steps
     rng = np.random.default_rng(hash_of(recipe) + seed)
@@ -91,6 +92,8 @@ def write_run(
                     loss_nats_fp32=held_out - 0.25 * float(gap[step - 1]),
                     tokens=65536,
                 )
+            if sharp and step % EVERY == 0:
+                run.write("sharpness", step=step, **sharpness_fields(sharp, step / STEPS, seed))
             if rows and step % EVERY == 0:
                 run.write("counters", step=step, **rows(step / STEPS, rng))
         if nan_at or finish:
@@ -113,6 +116,46 @@ def write_run(
                 policy=[["*", recipe, len(blocks()) * 2 + 1], ["head", "fp32", 1]],
             )
     return path
+
+
+PARAMETERS = {"emb": 524288, "head": 524288, "qk": 131072, "vo": 131072, "ffn": 528384, "norm": 512}
+
+
+def sharpness_of(block: str, progress: float) -> float:
+    """Grows as in the paper: norms late, and QK below FFN only from a third of the run on."""
+    kind = block.rpartition(".")[2]
+    start, end = {
+        "emb": (8e-4, 2e-4), "qk": (4e-4, 5e-4), "ffn": (2e-4, 9e-4), "vo": (1e-3, 4e-3),
+        "norm": (3e-4, 2e-2), "head": (9e-4, 5e-4),
+    }[kind]  # fmt: skip
+    return start * (end / start) ** progress * (1 + 0.3 * layer_of(block))
+
+
+def sharpness_fields(
+    sharp: Callable[[str, float], float], progress: float, seed: int = 0
+) -> dict[str, Any]:
+    """The fields of one event `sharpness`, each value with 12 % of scatter."""
+    rng = np.random.default_rng(round(1e6 * progress) + seed)
+    norms = [f"layers.{i}.norm" for i in range(LAYERS)]
+    return {
+        "blocks": [
+            {
+                "block": block,
+                "parameters": PARAMETERS[block.rpartition(".")[2]],
+                "sharpness": sharp(block, progress) * float(rng.lognormal(0, 0.12)),
+            }
+            for block in ["emb", *blocks(), *norms, "norm", "head"]
+        ],
+        "draws": 1,
+        "positions": 2048,
+        "logits": {
+            "sharpness": 0.05 + 0.06 * progress,
+            "sharpness_centered": 0.05 + 0.04 * progress,
+            "logz": 7.6 + 2 * progress,
+            "positions": 2048,
+        },
+        "seconds": 0.2,
+    }
 
 
 def hash_of(text: str) -> int:

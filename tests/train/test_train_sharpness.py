@@ -239,5 +239,5 @@ def test_the_direction_of_a_checkpoint_is_the_update_that_made_it(make_config):
         moved = after[name] - before[name]
         assert moved.abs().max() > 0
         assert torch.allclose(moved, lr * direction, rtol=1e-2, atol=1e-7), name
-    with pytest.raises(CheckError, match="does not exist. Give a checkpoint"):
+    with pytest.raises(CheckError, match=r"does not exist\. Give a checkpoint"):
         adam_direction(path, betas=betas, eps=eps)
