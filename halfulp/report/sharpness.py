@@ -202,20 +202,18 @@ def kinds(blocks: Sequence[str]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Two significant digits: 8.9e-3, 12, 0.45; "–" for what is not finite."""
+    """Two significant digits: 8.9e−3, 12, 0.45, 2,800; "–" for what is not finite."""
     if not math.isfinite(value):
         return "–"
-    if value == 0 or 0.1 <= abs(value) < 100:
-        return f"{value:.2g}"
+    if value == 0 or 0.1 <= abs(value) < 1e5:
+        return f"{float(f'{value:.2g}'):,g}"
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}".replace("-", "−")
 
 
 def times(ratio: float) -> str:
     """A ratio as "25×"."""
-    if not math.isfinite(ratio):
-        return "–"
-    return f"{ratio:,.0f}×" if ratio >= 9.95 else f"{ratio:.2g}×"
+    return f"{number(ratio)}×" if math.isfinite(ratio) else "–"
 
 
 def _rank(kind: str) -> int:

@@ -18,6 +18,7 @@ Ratios = Mapping[str, Mapping[str, float]]  # rule → block type → factor on 
 Cells = Mapping[str, str | float | int | None]  # column → value
 
 WANTED = 0.05  # relative standard error that the table counts draws for
+_WANTED = f"{WANTED:.0%}".replace("%", "\u00a0%")
 _MOST_TENSORS = 400
 _STYLE = """
 h1 .verdict { margin-right: 0.25em; }
@@ -108,9 +109,10 @@ def headline(found: Mapping[str, Estimate]) -> str:
     low, high, ratio = say.extremes(found)
     if not low:
         return "Nothing could be compared: the measurement has no two of the paper's block types."
-    sharper = [k for k in ("pos", "head") if k in found and found[k].known]
-    beyond = [k for k in sharper if found[k].sharpness > found[high].sharpness]
-    rest = f"; {words.listing(beyond)} even sharper, and not among the paper's types"
+    others = [k for k in found if k not in say.PAPER_TYPES and found[k].known]
+    beyond = [k for k in others if found[k].sharpness > found[high].sharpness]
+    are = "are" if len(beyond) > 1 else "is"
+    rest = f"; {words.listing(beyond)}, not among the paper's types, {are} sharper still"
     sure = "" if overall(pairs(found)) != UNKNOWN else ", and some neighbors cannot be told apart"
     return (
         f"{low} is the flattest block type and {high} the sharpest, {say.times(ratio)} apart"
@@ -179,7 +181,7 @@ def _type_table(report: SharpnessReport, found: Mapping[str, Estimate], ratios: 
     by_type = report.by_type if report.draws else {}
     norm = found.get("norm")
     head: list[Child] = ["block type", "parameters", "trace", "sharpness", "standard error"]
-    head += [f"draws for {words.share(WANTED)}", "S(norm) / S"]
+    head += [f"draws for {_WANTED}", "S(norm) / S"]
     head += [join("learning rate", tag("small", rule)) for rule in ratios]
     head += ["largest eigenvalue"] if report.eigenvalues else []
     rows: list[list[Child]] = []
@@ -218,7 +220,10 @@ def _layers(report: SharpnessReport) -> Markup | None:
     drawing = layer_figure(values)
     if drawing is None:
         return None
-    caption = "Darker is sharper, on a logarithmic scale; blocks outside the layers are above."
+    caption = (
+        "A stronger color is sharper, on a logarithmic scale. Blocks outside the layers, the final "
+        "norm among them, are in the figure above."
+    )
     return join(tag("h2", "Layer by layer"), figure_card(drawing, caption))
 
 
@@ -247,7 +252,9 @@ def _rounding(rounding: Sequence[Cells]) -> Markup | None:
 def _plain(value: str | float | int | None) -> Child:
     if value is None:
         return "–"
-    return say.number(value) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return say.number(value)
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def _notes(report: SharpnessReport) -> Markup | None:
@@ -265,7 +272,7 @@ def _tensors(report: SharpnessReport) -> Markup | None:
         for row in report.rows("tensor")[:_MOST_TENSORS]
     ]
     head: list[Child] = ["tensor", "block type", "parameters", "trace", "sharpness"]
-    head += ["standard error", f"draws for {words.share(WANTED)}"]
+    head += ["standard error", f"draws for {_WANTED}"]
     made = table(head, rows, numeric=frozenset(range(2, 7)), caption="Sharpness of every tensor")
     left = len(report.pieces) - len(rows)
     more = tag("p", f"{left:,} more tensors are in the JSON only.", class_="lead") if left else None
@@ -286,7 +293,7 @@ def _made(report: SharpnessReport, command: str) -> Markup:
     ]
     if command:
         rows.append(["command", tag("code", command)])
-    made = table(["", ""], rows, numeric=frozenset(), caption="How it was measured")
+    made = table(["what", "found"], rows, numeric=frozenset(), caption="How it was measured")
     return join(tag("h2", "How it was measured"), tag("div", made, class_="card flush"))
 
 

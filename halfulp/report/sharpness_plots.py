@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, GUTTER = 1080, 26
-LEFT, RIGHT = 62, 70  # of a panel of lines: its ticks and its labels
+LEFT, RIGHT, NAMES = 62, 70, 118  # of a panel of lines: its ticks, types or runs as labels
 LINES_HEIGHT, TOP, BOTTOM = 250, 46, 44
 HEAT_LEFT, VALUE, ROW, HEAT_TOP = 104, 54, 15, 66
 MOST_ROWS = 44  # blocks with a row each; layers of deeper models share one
@@ -87,7 +87,7 @@ def logits_figure(tracks: Sequence[Track], name: str = "sharpness-logits") -> Ma
     if not shown:
         return None
     height = TOP + 190 + BOTTOM
-    size = (WIDTH - 2 * (LEFT + RIGHT)) / 2
+    size = WIDTH / 2 - LEFT - NAMES
     with figure(WIDTH, height) as drawing:
         for column, (title, keys) in enumerate(
             [
@@ -95,14 +95,14 @@ def logits_figure(tracks: Sequence[Track], name: str = "sharpness-logits") -> Ma
                 ("log Z of the logits", ("logz",)),
             ]
         ):
-            area = (LEFT + column * (LEFT + RIGHT + size), TOP, size, 190)
+            area = (LEFT + column * WIDTH / 2, TOP, size, 190)
             axes = drawing.add_axes(_area(area, height))
             ends, colors = {}, {}
             for i, one in enumerate(shown):
                 color = series_style(i)[0] if len(shown) > 1 else SERIES[1]
                 for key, dash in zip(keys, ("-", (0, (4, 2))), strict=False):
                     axes.plot(one.steps, one.logits[key], color=color, ls=dash)
-                label = short(one.run.label, most=10)
+                label = short(one.run.label, most=15)
                 ends[label], colors[label] = float(one.logits[keys[0]][-1]), color
             _steps_axis(axes, shown[0].steps)
             _title(axes, title)

@@ -22,8 +22,8 @@ _TYPES = (
     "sampling error."
 )
 _BLOCKS = (
-    "Rows are blocks, from the type that the paper finds flattest to the sharpest; darker is "
-    "sharper, on one logarithmic scale. The number is the last measurement."
+    "Rows are blocks, from the type that the paper finds flattest to the sharpest; a stronger "
+    "color is sharper, on one logarithmic scale. The number is the last measurement."
 )
 _LOGITS = (
     "Left: the largest rise of the loss, in percent, when every logit y moves by at most "
