@@ -8,7 +8,7 @@ the model: late in training it is close to the Gauss-Newton matrix up to one com
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,7 @@ class SharpnessMonitor:
         if window < 2:
             raise ConfigError(f"window = {window} steps give no standard error. Give 2 or more.")
         self._shared = isinstance(model, nn.parallel.DistributedDataParallel)
-        self._model: nn.Module = model.module if self._shared else model
+        self._model = cast(nn.Module, model.module) if self._shared else model
         named = dict(self._model.named_parameters())
         if any(isinstance(p, DTensor) for p in named.values()):
             raise CheckError(

@@ -98,3 +98,46 @@ def stop_rank_1(rank: int) -> None:
         return next_token_loss(model, batch_BT)
 
     step.next_token_loss = loss
+
+
+def watch_together(store: str) -> list[list[float]]:
+    """Traces of a SharpnessMonitor on a DDP model of two processes, one micro-batch each."""
+    queue = CONTEXT.SimpleQueue()
+    ranks = [start(_watch, rank, store, queue) for rank in range(2)]
+    for process in ranks:
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+    return [queue.get() for _ in ranks if not queue.empty()]
+
+
+def _watch(rank: int, store: str, queue) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from halfulp.sharpness.noise import SharpnessMonitor
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        model, batches = watched_model()
+        shared = torch.nn.parallel.DistributedDataParallel(model)
+        monitor = SharpnessMonitor(shared)
+        shared(input_ids=batches[rank], labels=batches[rank]).loss.backward()
+        monitor.on_microbatch(batches[rank].numel() - len(batches[rank]))
+        monitor.on_step()
+        queue.put(monitor.report().traces[0].tolist())
+    finally:
+        del shared, monitor
+        dist.destroy_process_group()
+
+
+def watched_model():
+    """A small model and a micro-batch for each of two processes."""
+    import torch
+
+    from halfulp.train.config import ModelConfig
+    from halfulp.train.model import build_model
+
+    model = build_model(ModelConfig(preset="gpt2-tiny"), vocab=64, length=16, seed=0).model
+    generator = torch.Generator().manual_seed(2)
+    return model, [torch.randint(0, 64, (3, 16), generator=generator) for _ in range(2)]

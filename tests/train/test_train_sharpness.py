@@ -2,13 +2,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import train_together
+from processes import train_together, watch_together, watched_model
 from safetensors.torch import load_file
 
 from halfulp.errors import CheckError, ConfigError
 from halfulp.run import Run
 from halfulp.sharpness.critical import adam_direction
 from halfulp.sharpness.first_order import sampled_labels
+from halfulp.sharpness.noise import SharpnessMonitor
 from halfulp.train.loop import config_of, train
 from halfulp.train.model import next_token_loss
 from halfulp.train.open import Start, open_session
@@ -241,3 +242,17 @@ def test_the_direction_of_a_checkpoint_is_the_update_that_made_it(make_config):
         assert torch.allclose(moved, lr * direction, rtol=1e-2, atol=1e-7), name
     with pytest.raises(CheckError, match=r"does not exist\. Give a checkpoint"):
         adam_direction(path, betas=betas, eps=eps)
+
+
+def test_processes_of_ddp_are_micro_batches_of_the_free_monitor(tmp_path):
+    model, batches = watched_model()
+    alone = SharpnessMonitor(model)
+    for batch in batches:
+        model(input_ids=batch, labels=batch).loss.backward()
+        alone.on_microbatch(45)
+    alone.on_step(weight=1.0)
+    expected = alone.report().traces[0].tolist()
+    found = watch_together(str(tmp_path / "store"))
+    assert len(found) == 2
+    for traces in found:
+        assert traces == pytest.approx(expected, rel=1e-4, abs=1e-9)
