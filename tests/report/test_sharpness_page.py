@@ -11,6 +11,7 @@ from halfulp.errors import RunError
 from halfulp.pieces import Piece
 from halfulp.report import sharpness as say
 from halfulp.report import write_report
+from halfulp.report.price import price_all
 from halfulp.report.read import read_runs
 from halfulp.report.sharpness import Estimate, estimates, on_the_paper, order, overall, pairs, track
 from halfulp.report.sharpness_page import headline, render_sharpness, write_sharpness
@@ -208,3 +209,11 @@ def test_pages_have_no_texts_on_one_another(pages, tmp_path, name, width):
     for plot in seen["plots"]:
         assert plot["touching"] == []
         assert plot["outside"] == []
+
+
+def test_how_often_a_run_measures_itself_makes_it_no_other_run(tmp_path):
+    settings = {r: synthetic.config(r) for r in ("fp32", "te_current")}
+    settings["te_current"]["sharpness"] = {"every": 7, "draws": 1}
+    runs = [synthetic.write_run(tmp_path / r, r, settings=s) for r, s in settings.items()]
+    prices = price_all(read_runs(runs), 0.01)
+    assert prices[1].verdict == "pass"
