@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "AdamW": "halfulp.optim",
+    "BlockwiseSchedule": "halfulp.optim.blockwise",
     "HalfulpError": "halfulp.errors",
     "Key": "halfulp.numerics.random",
     "Policy": "halfulp.policy",
@@ -14,6 +15,7 @@ _EXPORTS = {
     "SharpnessMonitor": "halfulp.sharpness.noise",
     "apply_quantizer": "halfulp.numerics.apply",
     "block_map": "halfulp.blocks",
+    "blockwise_param_groups": "halfulp.optim.blockwise",
     "get_format": "halfulp.numerics.format",
     "load_recipe": "halfulp.policy",
     "param_groups": "halfulp.optim",
