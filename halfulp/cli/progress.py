@@ -136,6 +136,9 @@ def _line(row: Row, event: Mapping[str, Any]) -> str:
     if kind == "loss_scale":
         skipped = ", step skipped" if event["skipped"] else ""
         return f"step {event['step']}: loss scale {event['scale']:g}{skipped}"
+    if kind == "lr_ratios":
+        ratios = ", ".join(f"{name} {ratio:.3g}" for name, ratio in event["ratios"].items())
+        return f"step {event['step']}: learning rates × {ratios} ({event['why']})"
     if kind == "checkpoint":
         return f"step {event['step']}: wrote {event['path']}"
     return row.note if kind == "nonfinite" else ""

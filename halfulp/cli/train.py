@@ -31,6 +31,12 @@ def train(
     policy: Annotated[str | None, typer.Option(help="TOML file of precision rules.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    lr_blocks: Annotated[
+        str | None,
+        typer.Option(
+            help='Learning rates per block type: "paper", "auto" or emb=10,qk=8,ffn=6,vo=4.'
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, data order and rounding.")] = None,
     out: Annotated[str | None, typer.Option(help="Run directory; a new numbered one.")] = None,
     set_: Annotated[
@@ -52,6 +58,7 @@ def train(
         "data": {"source": data or None},
         "policy": {"recipe": recipe, "file": policy},
         "train": {"steps": steps, "lr": lr, "seed": seed},
+        "blockwise": {"ratios": lr_blocks},
         "run": {"out": out},
     }
     overrides = _overrides(named, set_ or [])

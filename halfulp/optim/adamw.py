@@ -174,6 +174,14 @@ class AdamW(torch.optim.Optimizer):
                 local.copy_(_store(local.contiguous(), q, "nearest", None, 0))
 
 
+def update_of(optimizer: AdamW, group: dict, p: Tensor) -> Tensor:
+    """What the last step subtracted from `p`, without weight decay and rounding."""
+    state = optimizer.state[p]
+    scalars = _scalars(group, int(state["step"]))
+    root = state["v"].sqrt() * scalars["correction"] + scalars["eps"]
+    return state["m"] / root * scalars["lr"]
+
+
 def _store(x: Tensor, q: Quantizer, rounding: str, key: Key | None, index: int) -> Tensor:
     """`x` (fp32) as the weight's format holds it."""
     if q.is_identity:

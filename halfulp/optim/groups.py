@@ -1,5 +1,7 @@
 """Parameter groups that carry each block's storage formats from a policy into the optimizer."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from halfulp.errors import ConfigError
@@ -7,20 +9,32 @@ from halfulp.policy import Resolution
 from halfulp.recipe import Recipe
 
 
-def param_groups(model: nn.Module, resolution: Resolution, weight_decay: float = 0.1) -> list[dict]:
+def param_groups(
+    model: nn.Module,
+    resolution: Resolution,
+    weight_decay: float = 0.1,
+    *,
+    lr_types: Mapping[str, str] | None = None,
+) -> list[dict]:
     """One group per block and decay, for `AdamW`: names, block and formats of its recipe.
+
+    With `lr_types` (parameter → type that decides its learning rate) also per such type, which the
+    group carries as `lr_type`.
 
     Matrices and tables decay; norms, biases and other vectors do not. Every trainable parameter is
     in exactly one group. Raises ConfigError when nothing is trainable.
     """
     blocks = resolution.blocks
-    groups: dict[tuple[str, bool], dict] = {}
+    groups: dict[tuple[str, bool, str], dict] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         block, decays = blocks[name], p.ndim >= 2
         fresh = {"block": block, "params": [], "weight_decay": weight_decay if decays else 0.0}
-        group = groups.setdefault((block, decays), fresh | _formats(resolution.parameters[name]))
+        kind = lr_types[name] if lr_types else ""
+        fresh |= {"lr_type": kind} if lr_types else {}
+        formats = _formats(resolution.parameters[name])
+        group = groups.setdefault((block, decays, kind), fresh | formats)
         group["params"].append((name, p))
     if not groups:
         raise ConfigError("no parameter is trainable. Set requires_grad on what should be trained.")

@@ -186,15 +186,22 @@ def check_names(ratios: Mapping[str, float]) -> None:
             raise ConfigError(f"the ratio {name} = {value:g} is not positive. Give one above 0.")
 
 
+def check_written(text: str) -> None:
+    """ConfigError for a string that no model could use: an unknown preset, type or number."""
+    if "=" in text:
+        check_names(parse(text))
+    elif text not in PRESETS:
+        raise ConfigError(
+            f"ratios = {text!r} does not exist. Nearest: {nearest(text, PRESETS)}. Or write them: "
+            "'emb=10,qk=8,ffn=6,vo=4'."
+        )
+
+
 def _asked(
     ratios: str | Mapping[str, float], has: set[str], frozen: set[str]
 ) -> tuple[dict[str, float], str]:
     if isinstance(ratios, str) and "=" not in ratios:
-        if ratios not in PRESETS:
-            raise ConfigError(
-                f"ratios = {ratios!r} does not exist. Nearest: {nearest(ratios, PRESETS)}. Or "
-                "write them: 'emb=10,qk=8,ffn=6,vo=4'."
-            )
+        check_written(ratios)
         return _preset(ratios, has, frozen), ratios
     given = parse(ratios) if isinstance(ratios, str) else dict(ratios)
     check_names(given)

@@ -16,6 +16,7 @@ from halfulp.train import tree
 from halfulp.train.presets import PRESETS
 
 SCHEDULES = ("cosine", "wsd", "constant")
+FLOORS = ("shared", "scaled")
 PARALLEL = ("ddp", "fsdp2")
 DEVICES = ("auto", "cpu", "cuda")
 CARRIERS = ("fp32", "exact")
@@ -106,6 +107,19 @@ class SharpnessSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockwiseSection:
+    """A learning rate per block type: a ratio of each to `train.lr`."""
+
+    ratios: str = ""  # a preset, "auto", or "emb=10,qk=8,ffn=6,vo=4"; empty: one rate for all
+    stretch_warmup: bool = True  # a block's warm-up is longer by its ratio; not of auto's
+    floor: str = "shared"  # all blocks end at one rate, or each "scaled" by its ratio
+    anchor: str = "norm"  # what keeps the rate: the norms, or the "geomean" of the ratios
+    power: float = 0.5  # of auto: ratio = (largest sharpness / sharpness) ** power
+    cap: float = 10.0  # of auto: the largest ratio
+    guard: bool = True  # halve ratios when the loss spikes or a gradient norm runs away
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSection:
     """Where the run is written."""
 
@@ -122,6 +136,7 @@ class TrainConfig:
     train: TrainSection = field(default_factory=TrainSection)
     policy: PolicySection = field(default_factory=PolicySection)
     sharpness: SharpnessSection = field(default_factory=SharpnessSection)
+    blockwise: BlockwiseSection = field(default_factory=BlockwiseSection)
     run: RunSection = field(default_factory=RunSection)
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,6 +167,7 @@ def check(config: TrainConfig) -> None:
     """ConfigError for the first value that cannot be used."""
     _check_train(config.train)
     _check_policy(config)
+    _check_blockwise(config.blockwise)
     _at_least("data.length", config.data.length, 1)
     _at_least("model.layers", config.model.layers, 0)
     _at_least("model.hidden", config.model.hidden, 0)
@@ -239,6 +255,32 @@ def _check_policy(config: TrainConfig) -> None:
                 "rest of the run uses policy.recipe or policy.file."
             )
         before = end
+
+
+def _check_blockwise(section: BlockwiseSection) -> None:
+    from halfulp.sharpness.ratios import ANCHORS, check_written
+
+    _one_of("blockwise.floor", section.floor, FLOORS)
+    _one_of("blockwise.anchor", section.anchor, ANCHORS)
+    if not 0 < section.power <= 1 or not 1 <= section.cap < math.inf:
+        raise ConfigError(
+            f"blockwise.power = {section.power:g} and blockwise.cap = {section.cap:g} cannot be "
+            "used. Give a power in (0, 1] and a cap of at least 1."
+        )
+    auto = section.ratios == "auto"
+    if section.ratios and not auto:
+        check_written(section.ratios)
+    default = BlockwiseSection()
+    idle = {"power", "cap"} - ({"power", "cap"} if auto else set())
+    if not section.ratios:
+        idle |= {"stretch_warmup", "floor", "anchor", "guard"}
+    for name in sorted(idle):
+        if getattr(section, name) != getattr(default, name):
+            wanted = "'auto'" if name in ("power", "cap") else "ratios"
+            raise ConfigError(
+                f"blockwise.{name} has no effect with blockwise.ratios = {section.ratios!r}. "
+                f"Give {wanted}, or delete it."
+            )
 
 
 def _at_least(name: str, value: int, least: int) -> None:

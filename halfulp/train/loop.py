@@ -11,6 +11,7 @@ from pathlib import Path
 from halfulp.errors import NonFiniteError, RunError
 from halfulp.run import Run
 from halfulp.train import checkpoint
+from halfulp.train.adapt import adapt, begin, facts_of
 from halfulp.train.config import TrainConfig, check, load_config
 from halfulp.train.counters import added, counts
 from halfulp.train.evaluate import evaluate
@@ -76,6 +77,7 @@ def _run(s: Session, interrupt: Interrupt) -> Summary:
     steps = s.config.train.steps
     stop = False
     try:
+        begin(s)
         while s.step < steps and not stop:
             _announce_stage(s)
             stop = _one_step(s, interrupt)
@@ -106,6 +108,7 @@ def _one_step(s: Session, interrupt: Interrupt) -> bool:
     if s.first_loss_nats is None:
         s.first_loss_nats = outcome.loss_nats
     _report_step(s, outcome, seconds)
+    adapt(s, outcome)
     if counting:
         _report_counters(s)
     if _due(s.step, s.config.sharpness.every):
@@ -193,6 +196,7 @@ def _end(s: Session, reason: str) -> Summary:
         data=s.data.describe(),
         config_sha256=s.run.environment().get("config_sha256", ""),
         policy=s.precision.handle.resolution.rows(),
+        **facts_of(s),
     )
     s.emit("end", step=s.step, reason=reason)
     return summary

@@ -14,6 +14,7 @@ from halfulp.pieces import pieces
 from halfulp.run import Run
 from halfulp.trackers import open_trackers
 from halfulp.train import checkpoint
+from halfulp.train.blockwise import open_blockwise
 from halfulp.train.checkpoint import load
 from halfulp.train.config import TrainConfig
 from halfulp.train.model import build_model, checkpoint_activations, config_json, layers_of
@@ -52,10 +53,13 @@ def open_session(
     blocks = dict(block_map(model, config.model.hints).parameters)
     parts = pieces(model, config.model.hints)
     shape = config_json(model)  # before quantize, which changes its attention implementation
-    precision = Precision(model, config, load_policies(config.policy), config.model.hints)
+    blockwise = open_blockwise(config, parts)
+    types = blockwise.kinds if blockwise else None
+    precision = Precision(model, config, load_policies(config.policy), config.model.hints, types)
     with Session(
-        config, world, data, model, precision, blocks, parts, shape, micro_batches, on_event
-    ) as session:
+        config, world, data, model, precision, blocks, parts, shape, micro_batches, on_event,
+        blockwise,
+    ) as session:  # fmt: skip
         _prepare(session, finished)
         if loaded:
             restore(session, loaded)

@@ -70,6 +70,7 @@ class Precision:
     config: TrainConfig
     policies: tuple[Policy, ...]
     hints: Mapping[str, str]
+    lr_types: Mapping[str, str] | None = None  # parameter → type with a learning rate of its own
     stage: int = 0
     resolutions: tuple[Resolution, ...] = field(init=False)  # one per stage
     handle: Quantized = field(init=False)
@@ -97,7 +98,9 @@ class Precision:
     def optimize(self) -> None:
         """Build the optimizer that stores each block's weights as its recipe says."""
         train = self.config.train
-        groups = param_groups(self.model, self.handle.resolution, train.weight_decay)
+        groups = param_groups(
+            self.model, self.handle.resolution, train.weight_decay, lr_types=self.lr_types
+        )
         self.optimizer = AdamW(
             groups,
             lr=train.lr,

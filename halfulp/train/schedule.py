@@ -11,19 +11,30 @@ def warmup_steps(train: TrainSection) -> int:
     return math.ceil(train.warmup * train.steps) if train.warmup < 1 else int(train.warmup)
 
 
-def lr_at(step: int, train: TrainSection) -> float:
-    """Learning rate of the 0-based `step`.
+def lr_at(
+    step: int,
+    train: TrainSection,
+    ratio: float = 1.0,
+    *,
+    stretch: bool = True,
+    scaled: bool = False,
+) -> float:
+    """Learning rate of the 0-based `step`, of a block with this ratio to `lr`.
 
     Linear warm-up that never gives 0, then "constant", "cosine" down to `min_lr` × `lr`, or "wsd":
     constant until the last share `decay` of the run, then linear down to `min_lr` × `lr`.
+
+    The peak is `ratio` × `lr`. `stretch`: the warm-up lasts `ratio` times longer, so that all
+    blocks rise alike. The floor is one for all blocks, or `scaled` by the ratio.
     """
-    warmup = warmup_steps(train)
+    warmup = warmup_steps(train) * (ratio if stretch else 1.0)
     if step < warmup:
-        return train.lr * (step + 1) / warmup
-    return train.lr * (train.min_lr + (1 - train.min_lr) * _fall(step, warmup, train))
+        return train.lr * ratio * min(step + 1, warmup) / warmup
+    floor = train.min_lr * (ratio if scaled else 1.0)
+    return train.lr * (floor + (ratio - floor) * _fall(step, warmup, train))
 
 
-def _fall(step: int, warmup: int, train: TrainSection) -> float:
+def _fall(step: int, warmup: float, train: TrainSection) -> float:
     if train.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * _share(step, warmup, train.steps)))
     if train.schedule == "wsd":
@@ -32,7 +43,7 @@ def _fall(step: int, warmup: int, train: TrainSection) -> float:
     return 1.0
 
 
-def _share(step: int, start: int, steps: int) -> float:
+def _share(step: int, start: float, steps: int) -> float:
     # The last step, steps - 1, reaches the end of the fall.
     return min(1.0, max(0.0, (step - start) / max(1, steps - 1 - start)))
 

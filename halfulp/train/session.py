@@ -9,6 +9,7 @@ from torch import nn
 from halfulp.data import Data
 from halfulp.pieces import Piece
 from halfulp.run import Run
+from halfulp.train.blockwise import Blockwise
 from halfulp.train.config import TrainConfig
 from halfulp.train.parallel import World
 from halfulp.train.precision import Precision
@@ -35,6 +36,7 @@ class Session:
     shape: str  # config.json of the model
     micro_batches: int
     on_event: OnEvent | None = None
+    blockwise: Blockwise | None = None  # learning rates per block type
     shared: nn.Module = field(init=False)
     run: Run = field(init=False)  # opened last: until then nothing is written
     step: int = 0

@@ -40,6 +40,8 @@ def restore(s: Session, content: Checkpoint) -> None:
     _restore_optimizer(s, content)
     s.precision.handle.load_state_dict(dict(content.tensors["quantizers"]))
     s.precision.scaler.load(content.state["loss_scale"])
+    if s.blockwise is not None:
+        s.blockwise.load(content.state["blockwise"])
     s.step, s.tokens = content.step, content.state["tokens"]
     s.seconds, s.evaluation = content.state["seconds"], content.state["evaluation"]
     s.first_loss_nats, s.saved = content.state["first_loss_nats"], content.step
@@ -101,6 +103,7 @@ def _facts(s: Session) -> dict[str, Any]:
         "seconds": s.seconds,
         "micro_batches": s.micro_batches,
         "loss_scale": s.precision.scaler.state(),
+        "blockwise": s.blockwise.state() if s.blockwise else None,
         "evaluation": s.evaluation,
         "first_loss_nats": s.first_loss_nats,
         "random": "no state: every random number is a function of (seed, step, micro-batch, name)",

@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from halfulp.errors import NonFiniteError
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.random import Key
 from halfulp.train import nonfinite
+from halfulp.train.blockwise import squares_by_type
 from halfulp.train.checkpoint import path_of
 from halfulp.train.model import next_token_loss, random_state
 from halfulp.train.nonfinite import Place
@@ -28,6 +30,7 @@ class Outcome:
     lr: float
     skipped: bool
     interrupted: bool  # some process was asked to stop
+    norms: Mapping[str, float] = field(default_factory=dict)  # gradient norm per block type
 
 
 def run_step(s: Session, *, interrupted: bool) -> Outcome:
@@ -36,14 +39,12 @@ def run_step(s: Session, *, interrupted: bool) -> Outcome:
     NonFiniteError, with the event `nonfinite` written and no parameter changed, if the loss or a
     gradient is not finite and the loss scale cannot be the reason.
     """
-    lr = lr_at(s.step, s.config.train)
-    for group in s.precision.optimizer.param_groups:
-        group["lr"] = lr
+    lr = _set_rates(s)
     losses = _forward_backward(s)
     parameters = [p for p in s.model.parameters() if p.grad is not None]
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
     _finish_gradients(s, gradients)
-    loss, norm, stop = _agree(s, losses, gradients, interrupted)
+    loss, norm, stop, norms = _agree(s, losses, gradients, interrupted)
     finite = math.isfinite(loss) and math.isfinite(norm)
     if not math.isfinite(loss):
         _refuse(s, "loss", _place_of_loss(s))
@@ -53,7 +54,7 @@ def run_step(s: Session, *, interrupted: bool) -> Outcome:
         _update(s, gradients, norm)
     s.precision.optimizer.zero_grad(set_to_none=True)
     s.precision.handle.end_step()
-    return Outcome(loss, norm, lr, skipped=not finite, interrupted=stop)
+    return Outcome(loss, norm, lr, skipped=not finite, interrupted=stop, norms=norms)
 
 
 def batch_of(s: Session, micro: int) -> Tensor:
@@ -69,6 +70,14 @@ def key_of(*numbers: int) -> int:
     """A seed below 2**63 that depends on all `numbers` and their order."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def _set_rates(s: Session) -> float:
+    """Give every group its learning rate; the run's."""
+    lr = lr_at(s.step, s.config.train)
+    for group in s.precision.optimizer.param_groups:
+        group["lr"] = s.blockwise.lr(s.step, group["lr_type"]) if s.blockwise else lr
+    return lr
 
 
 def _forward_backward(s: Session) -> Tensor:
@@ -109,15 +118,27 @@ def _finish_gradients(s: Session, gradients: list[Tensor]) -> None:
 
 def _agree(
     s: Session, losses: Tensor, gradients: list[Tensor], interrupted: bool
-) -> tuple[float, float, bool]:
-    """(loss, gradient norm, stop?) over all processes, in one all-reduce."""
-    square = _square(gradients, s.world.device)
+) -> tuple[float, float, bool, dict[str, float]]:
+    """(loss, gradient norm, stop?, norm per block type) over all processes, in one all-reduce."""
+    kinds, by_kind = _squares_by_type(s)
+    squares = torch.cat([by_kind, _square(gradients, s.world.device).reshape(1)])
     if s.world.mode == "ddp" and not s.world.main:
-        square = torch.zeros_like(square)  # each process has the whole gradient
+        squares = torch.zeros_like(squares)  # each process has the whole gradient
     flag = torch.tensor([float(interrupted)], dtype=torch.float64, device=s.world.device)
-    packed = s.world.sum(torch.cat([losses, square.reshape(1), flag]))
-    loss = packed[: s.micro_batches].mean()
-    return loss.item(), packed[-2].sqrt().item(), packed[-1].item() > 0
+    packed = s.world.sum(torch.cat([losses, squares, flag]))
+    loss, roots = packed[: s.micro_batches].mean(), packed[s.micro_batches : -1].sqrt()
+    norms = dict(zip(kinds, roots[:-1].tolist(), strict=True))
+    return loss.item(), roots[-1].item(), packed[-1].item() > 0, norms
+
+
+def _squares_by_type(s: Session) -> tuple[list[str], Tensor]:
+    """The block types, and the sums of squares of this process's gradients of each."""
+    if s.blockwise is None or not s.config.blockwise.guard:
+        return [], torch.zeros(0, dtype=torch.float64, device=s.world.device)
+    named = s.model.named_parameters()
+    gradients = {name: local(p.grad) for name, p in named if p.grad is not None}
+    squares = squares_by_type(s.blockwise.kinds, gradients)
+    return list(squares), torch.stack(list(squares.values()))
 
 
 def _multiply(tensors: list[Tensor], factor: float) -> None:
