@@ -181,7 +181,7 @@ def check_groups(optimizer: torch.optim.Optimizer) -> None:
 def _base_lr(optimizer: torch.optim.Optimizer, ratios: list[float]) -> float:
     peaks = [float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups]
     bases = [peak / ratio for peak, ratio in zip(peaks, ratios, strict=True)]
-    if max(bases) > min(bases) * (1 + 1e-9):
+    if max(bases) > min(bases) * (1 + 1e-6):  # some optimizers keep rates as fp32 tensors
         low, high = (bases.index(b) for b in (min(bases), max(bases)))
         names = [optimizer.param_groups[i].get("name", f"group {i}") for i in (low, high)]
         raise ConfigError(
