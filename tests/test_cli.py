@@ -67,6 +67,8 @@ def test_help_does_not_import_torch():
         (("train", "--set", "lr=3"), "Write section.key=value"),
         (("train", "--set", "train.stesp=3"), "Did you mean 'steps'"),
         (("train", "--recipe", "te_curent"), "te_current"),
+        (("train", "--lr-blocks", "papr"), "Nearest: paper"),
+        (("train", "--lr-blocks", "emb=1,qk=1,fnn=1,vo=1"), "Nearest: ffn"),
         (("train", "--model", "lama"), "neither a preset nor a local path"),
         (("formats", "e99"), "no such format"),
         (("recipes", "nvpf4"), "nvfp4"),

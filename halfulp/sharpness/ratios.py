@@ -96,6 +96,7 @@ def resolve(
             f"Fused projections of queries, keys and values learn at one rate, the lower of "
             f"qk = {found['qk']:g} and vo = {found['vo']:g}.",
         )
+    notes += _out_of_order(found, has) if source != "measured" else ()
     anchored, more = _anchored(found, anchor)
     return Ratios({kind: anchored[kind] for kind in kinds}, source, (*notes, *more))
 
@@ -243,6 +244,18 @@ def _completed(ratios: Mapping[str, float], has: set[str]) -> dict[str, float]:
     """`ratios` with the defaults of what they do not name."""
     emb = ratios.get("emb", 1.0)
     return {kind: ratios.get(kind, emb if kind in _FOLLOW_EMB else 1.0) for kind in (*has, *ratios)}
+
+
+def _out_of_order(ratios: Mapping[str, float], has: set[str]) -> tuple[str, ...]:
+    """A note where values and outputs are raised above a type that is flatter by the paper."""
+    flatter = {kind: ratios[kind] for kind in ("emb", "qk", "ffn") if kind in has}
+    low = [f"{kind} = {ratio:g}" for kind, ratio in flatter.items() if ratio < ratios.get("vo", 1)]
+    if not low or ratios["vo"] <= 1:
+        return ()
+    return (
+        f"vo = {ratios['vo']:g} is above {', '.join(low)}, which are flatter: raising vo first has "
+        "made small models worse (docs/learning_rates.md).",
+    )
 
 
 def _anchored(ratios: dict[str, float], anchor: str) -> tuple[dict[str, float], tuple[str, ...]]:

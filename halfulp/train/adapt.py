@@ -40,8 +40,8 @@ def adapt(s: Session, outcome: Outcome) -> None:
     if b.auto:
         if s.step % _EVERY == 0:
             _hold(s, b)
-        if arrived := b.move():
-            _emit(s, b, f"{', '.join(arrived)} arrived")
+        if b.move():
+            _emit(s, b, "the ratios have arrived")
 
 
 def facts_of(s: Session) -> dict[str, Any]:

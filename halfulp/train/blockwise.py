@@ -64,7 +64,8 @@ class Blockwise:
             step, train, self.ratios[kind], stretch=stretch, scaled=section.floor == "scaled"
         )
         base = lr_at(step, train)
-        return full if full <= base else base + self.trust[kind] * (full - base)
+        trust = self.trust[kind]
+        return full if trust == 1 or full <= base else base + trust * (full - base)
 
     def effective(self) -> dict[str, float]:
         """The ratio of each type after alarms."""
@@ -79,27 +80,26 @@ class Blockwise:
         found = measured(report, power=section.power, cap=section.cap)
         self.chosen = resolve(found, self.ratios, anchor=section.anchor)
 
-    def move(self) -> list[str]:
-        """One step of each ratio towards its goal; the types that have just arrived."""
+    def move(self) -> bool:
+        """One step of each ratio towards its goal; whether the last of them arrives with it."""
         most = math.log(MOST_GROWTH) / (0.01 * self.config.train.steps)
-        arrived = []
+        before = dict(self.ratios)
         for kind, ratio in self.ratios.items():
             gap = math.log(self.chosen[kind] / ratio)
-            if gap == 0 or (gap > 0 and kind in self.held):
+            if gap > 0 and kind in self.held:
                 continue
-            if abs(gap) <= most:
-                self.ratios[kind] = self.chosen[kind]
-                arrived.append(kind)
-            else:
-                self.ratios[kind] = ratio * math.exp(math.copysign(most, gap))
-        return arrived
+            near = abs(gap) <= most
+            self.ratios[kind] = (
+                self.chosen[kind] if near else ratio * math.exp(math.copysign(most, gap))
+            )
+        return before != self.ratios == dict(self.chosen.by_type)
 
     def heed(self, alarm: Alarm) -> bool:
         """Lower the ratios as `alarm` asks; whether there was any to lower."""
         kinds = [alarm.kind] if alarm.kind else list(self.ratios)
         raised = [k for k in kinds if self.effective()[k] > 1]
         for kind in raised:
-            over = alarm.kind is not None and self.guard.tracks[kind].alarms >= MOST_ALARMS
+            over = alarm.kind is not None and self.guard.norms[kind].alarms >= MOST_ALARMS
             self.trust[kind] *= 0.0 if over else 0.5
         return bool(raised)
 

@@ -12,9 +12,9 @@ SIGMAS = 6.0  # a loss this far above its mean is a spike
 GROWTH = 3.0  # a gradient norm that grows so much within WINDOW steps is a runaway
 WINDOW = 100
 QUIET = 200  # steps after an alarm in which the same rule stays silent
-_LOSS_SPAN = 50  # steps over which the loss is averaged, and before which nothing is a spike
-_NORM_SPAN = 10  # steps over which a gradient norm is averaged
-_STRIDE = 10  # steps between two remembered norms
+_MEAN_SPAN = 50  # steps over which the loss is averaged, and before which nothing is a spike
+_SHORT_SPAN = 10  # steps over which gradient norms are averaged, and the loss beside them
+_STRIDE = 10  # steps between two remembered values
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,18 @@ class Alarm:
 
 @dataclass
 class Track:
-    """The gradient norm of one block type."""
+    """A short mean, and what it was within the last WINDOW steps."""
 
-    norm: float  # exponential mean
-    past: list[float] = field(default_factory=list)  # norms of the window, oldest first
+    value: float
+    past: list[float] = field(default_factory=list)  # oldest first
     quiet_until: int = 0
     alarms: int = 0
+
+    def add(self, value: float, *, keep: bool) -> None:
+        """Average `value` in; `keep`: remember the mean as it was."""
+        if keep:
+            self.past = [*self.past, self.value][-WINDOW // _STRIDE :]
+        self.value += (value - self.value) / _SHORT_SPAN
 
 
 @dataclass
@@ -41,61 +47,79 @@ class RateGuard:
 
     start: int
     seen: int = 0
-    mean: float = 0.0
-    variance: float = 0.0
+    mean: float = 0.0  # of the loss
+    noise: float = 0.0  # mean square of the difference of two losses in a row
+    last: float = 0.0
     quiet_until: int = 0
-    tracks: dict[str, Track] = field(default_factory=dict)
+    loss: Track | None = None
+    norms: dict[str, Track] = field(default_factory=dict)
 
     def observe(self, step: int, loss_nats: float, norms: Mapping[str, float]) -> list[Alarm]:
-        """Alarms of the finished step: a spike of the loss, gradient norms that run away."""
+        """Alarms of the finished step.
+
+        * A spike: the loss is SIGMAS standard deviations above its mean.
+        * A runaway: a type's gradient norm has grown by GROWTH within WINDOW steps, and the loss
+          has not fallen in that time. (While it falls, early in a run, norms grow as much.)
+        """
         alarms = []
-        if (excess := self._spike(loss_nats)) and step >= max(self.start, self.quiet_until):
+        excess = self._excess(loss_nats)
+        if excess > SIGMAS and step >= max(self.start, self.quiet_until):
             self.quiet_until = step + QUIET
             why = f"the loss is {excess:.1f} standard deviations above its mean"
             alarms.append(Alarm(None, why))
-        if step >= self.start:
-            found = (self._runaway(step, kind, norm) for kind, norm in norms.items())
-            alarms += [alarm for alarm in found if alarm is not None]
+        keep = step % _STRIDE == 0
+        self.loss = self.loss or Track(loss_nats)
+        self.loss.add(loss_nats, keep=keep)
+        for kind, norm in norms.items():
+            track = self.norms.setdefault(kind, Track(norm))
+            track.add(norm, keep=keep and step >= self.start)
+            if alarm := self._runaway(step, kind, track):
+                alarms.append(alarm)
         return alarms
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        tracks = {
-            kind: vars(track) | {"past": [*track.past]} for kind, track in self.tracks.items()
-        }
-        return {key: value for key, value in vars(self).items() if key != "start"} | {
-            "tracks": tracks
-        }
+        plain = {key: value for key, value in vars(self).items() if key != "start"}
+        loss = vars(self.loss) if self.loss else None
+        return plain | {"loss": loss, "norms": {k: vars(t) for k, t in self.norms.items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
         self.seen, self.quiet_until = int(state["seen"]), int(state["quiet_until"])
-        self.mean, self.variance = float(state["mean"]), float(state["variance"])
-        self.tracks = {kind: Track(**track) for kind, track in state["tracks"].items()}
+        self.mean, self.noise, self.last = (float(state[k]) for k in ("mean", "noise", "last"))
+        self.loss = Track(**state["loss"]) if state["loss"] else None
+        self.norms = {kind: Track(**track) for kind, track in state["norms"].items()}
 
-    def _spike(self, loss_nats: float) -> float:
-        """By how many standard deviations the loss is too high; 0 where it is not."""
+    def _excess(self, loss_nats: float) -> float:
+        """By how many standard deviations the loss is above its mean; 0 before there is a mean.
+
+        The deviation is that of the noise: differences of two losses in a row do not see the fall
+        of their mean.
+        """
         self.seen += 1
         if self.seen == 1:
-            self.mean = loss_nats
+            self.mean = self.last = loss_nats
             return 0.0
-        deviation, sigma = loss_nats - self.mean, math.sqrt(self.variance)
-        spike = self.seen > _LOSS_SPAN and deviation > SIGMAS * sigma
-        # A spike must not become the measure of the next one.
-        counted = min(deviation, SIGMAS * sigma) if self.seen > _LOSS_SPAN else deviation
-        share = max(1 / self.seen, 1 / _LOSS_SPAN)
-        self.mean += share * counted
-        self.variance += share * (counted**2 - self.variance)
-        return deviation / sigma if spike and sigma else (math.inf if spike else 0.0)
+        known, sigma = self.seen > _MEAN_SPAN, math.sqrt(self.noise / 2)
+        deviation, change = loss_nats - self.mean, loss_nats - self.last
+        excess = deviation / sigma if known and sigma else 0.0
+        if known:  # a spike must not become the measure of the next one
+            deviation = min(deviation, SIGMAS * sigma)
+            change = math.copysign(min(abs(change), SIGMAS * sigma), change)
+        share = max(1 / self.seen, 1 / _MEAN_SPAN)
+        self.mean += share * deviation
+        self.noise += share * (change**2 - self.noise)
+        self.last = loss_nats
+        return excess
 
-    def _runaway(self, step: int, kind: str, norm: float) -> Alarm | None:
-        track = self.tracks.setdefault(kind, Track(norm))
-        track.norm += (norm - track.norm) / _NORM_SPAN
-        lowest = min(track.past, default=math.inf)
-        if (step - self.start) % _STRIDE == 0:
-            track.past = [*track.past, track.norm][-WINDOW // _STRIDE :]
-        if track.norm <= GROWTH * lowest or step < track.quiet_until:
+    def _runaway(self, step: int, kind: str, track: Track) -> Alarm | None:
+        assert self.loss is not None
+        if not track.past or step < max(self.start, track.quiet_until):
+            return None
+        falls = bool(self.loss.past) and self.loss.value < self.loss.past[0]
+        times = track.value / min(track.past) if min(track.past) else math.inf
+        if falls or times <= GROWTH:
             return None
         track.quiet_until, track.alarms, track.past = step + QUIET, track.alarms + 1, []
-        times = track.norm / lowest
-        return Alarm(kind, f"its gradient norm grew {times:.1f} times within {WINDOW} steps")
+        why = f"its gradient norm grew {times:.1f} times within {WINDOW} steps"
+        return Alarm(kind, f"{why}, and the loss is no lower")

@@ -161,3 +161,9 @@ def test_options_that_cannot_be_used():
     for options in ({"power": 0.0}, {"power": 1.5}, {"cap": 0.5}, {"cap": math.inf}):
         with pytest.raises(ConfigError, match="power in"):
             measured(report(LLAMA_20K), **options)
+
+
+def test_raising_vo_above_flatter_types_is_said():
+    assert "vo = 4 is above emb = 1" in resolve("emb=1,qk=8,ffn=6,vo=4", LLAMA).notes[0]
+    assert resolve("emb=4,qk=4,ffn=4,vo=4", LLAMA).notes == ()
+    assert resolve("emb=0.5,qk=1,ffn=1,vo=1", LLAMA).notes == ()
