@@ -60,6 +60,40 @@ def test_tables_and_figures(capsys, monkeypatch, home):
     assert f"{report.by_type['ffn'].sharpness:.3g}" in out
 
 
+def test_formats_are_forecast_measured_and_priced(capsys, monkeypatch, home):
+    options = ("--formats", "e4m3,int4@1x32:current", "--html", "page.html")
+    code, out, _ = run(capsys, monkeypatch, home, "whole", *QUICK, *options)
+    assert code == 0
+    rows = [
+        line.split("  ") for line in out.splitlines() if line.startswith(("ffn ", "qk ", "all "))
+    ]
+    assert sum("e4m3" in " ".join(row) for row in rows) == 3
+    priced = {row[0]: row[-1].strip() != "–" for row in rows if "e4m3" in " ".join(row)}
+    assert priced == {"ffn": True, "qk": False, "all": False}  # qk shares a fused projection
+    assert "fewest bits within 0.005 nats" in out
+    page = (home / "page.html").read_text(encoding="utf-8")
+    assert "int4@1x32:current" in page
+    assert "KL by check" in page
+
+
+def test_a_run_shows_how_far_its_last_update_could_go(capsys, monkeypatch, home):
+    from halfulp.train.config import load_config
+    from halfulp.train.loop import train
+
+    options = {
+        "model": {"preset": "gpt2-tiny"},
+        "data": {"source": [str(home / "text.txt")], "tokenizer": "bytes", "length": 32},
+        "train": {"steps": 4, "rows": 2, "eval_every": 0, "count_every": 0},
+        "run": {"out": str(home / "run")},
+    }
+    train(load_config(options), force=True)
+    code, out, _ = run(
+        capsys, monkeypatch, home, "run", "--draws", "2", "--tokens", "128", "--force"
+    )
+    assert code == 0
+    assert "critical step along the last update: learning rate" in out
+
+
 def test_a_wanted_error_decides_the_draws(capsys, monkeypatch, home):
     code, _, _ = run(
         capsys, monkeypatch, home, "whole", *QUICK, "--rel-se", "0.08", "--json", "precise.json"
@@ -81,6 +115,9 @@ def test_a_wanted_error_decides_the_draws(capsys, monkeypatch, home):
         ("whole", ("--hint", "x"), "GLOB="),
         ("whole", ("--hint", "nothing=ffn"), "hint"),
         ("whole", ("--tokens", "3"), "too few"),
+        ("whole", ("--formats", "bf17"), "Nearest"),
+        ("whole", ("--formats", ","), "empty"),
+        ("whole", ("--formats", "e4m3", "--budget", "0"), "above 0"),
         ("whole", ("--json", "nowhere/x.json"), "directory"),
     ],
 )

@@ -59,7 +59,7 @@ def load_model(
             f"preset ({', '.join(PRESETS)})."
         )
     config = _changed(config, data, tokenizer, keep_split=trained and not data)
-    weights = _weights_of(path)
+    weights = weights_of(path)
     if weights is not None:
         notes += _stored(weights)
     corpus = open_data(config, cache_directory() / "data")
@@ -95,7 +95,7 @@ def _changed(
     return config if keep_split else replace(config, val_fraction=0.5)
 
 
-def _weights_of(path: Path) -> Path | None:
+def weights_of(path: Path) -> Path | None:
     """The Hugging Face directory of the weights: a run's newest checkpoint, or the path itself."""
     if not path.is_dir():
         return None

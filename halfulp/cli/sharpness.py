@@ -1,19 +1,31 @@
 """`halfulp sharpness`: how sharp the loss is in each block, and what follows from it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfulp.cli.common import Steps, check_outputs, pairs, quiet_transformers
+from halfulp.cli.common import (
+    Steps,
+    check_outputs,
+    command_line,
+    pairs,
+    quiet_transformers,
+    words,
+)
+from halfulp.cli.sharpness_formats import cells, forecast_of, prices_of, print_forecast
 from halfulp.errors import ConfigError
 
 if TYPE_CHECKING:
     from halfulp.cli.load import Loaded
     from halfulp.sharpness.report import SharpnessReport
 
+Ratios = Mapping[str, Mapping[str, float]]
+
+_ROWS = 32  # of text, for the critical step
 _WANTED = 0.05  # relative standard error that the column "draws for 5 %" is about
 
 
@@ -45,6 +57,16 @@ def sharpness(
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="Also every block type of every layer.")
     ] = False,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            help="Also what rounding each block to these formats does to the loss; words of "
+            "`halfulp formats`, or quantizers, with commas."
+        ),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(help="With --formats: nats per token that one block type may cost.")
+    ] = 5e-3,
     hint: Annotated[
         list[str] | None,
         typer.Option(help="'GLOB=BLOCK' for parameters that halfulp cannot place."),
@@ -59,17 +81,53 @@ def sharpness(
     Sharpness is the mean diagonal entry of the curvature: trace / parameters (arXiv:2502.19002).
     """
     check_outputs({"--html": html, "--json": json_}, force=force)
-    report = _measure(
-        _load(model, data, tokenizer, tokens, draws, seed),
-        estimator, draws, rel_se, tokens, pairs("--hint", hint or []), seed,
-    )  # fmt: skip
-    _print(report, per_layer)
+    asked = words("--formats", formats) if formats is not None else []
+    hints = pairs("--hint", hint or [])
+    _check_formats(asked, budget)
+    loaded = _load(model, data, tokenizer, tokens, draws, seed)
+    report = _measure(loaded, estimator, draws, rel_se, tokens, hints, seed)
+    ratios = _ratios(report)
+    _print(report, ratios, per_layer)
+    if (run := Path(model)).joinpath("events.jsonl").is_file():
+        _print_critical(run, loaded)
+    rounding: list[dict[str, str]] = []
+    if asked:
+        found = forecast_of(loaded, asked, draws=draws, seed=seed, budget=budget, hints=hints)
+        prices = prices_of(loaded, asked, seed=seed, hints=hints)
+        print_forecast(found, prices)
+        rounding = cells(found, prices)
+    _write(report, ratios, rounding, html, json_)
+
+
+def _check_formats(formats: list[str], budget: float) -> None:
+    """Before any work: FormatError and ConfigError for what cannot be forecast."""
+    if not 0 < budget < math.inf:
+        raise ConfigError(f"--budget {budget:g} leaves no room. Give nats per token above 0.")
+    if formats:
+        from halfulp.sharpness.weights import weight_quantizer
+
+        for word in formats:
+            weight_quantizer(word)
+
+
+def _write(
+    report: "SharpnessReport", ratios: Ratios, rounding: list[dict[str, str]],
+    html: Path | None, json_: Path | None,
+) -> None:  # fmt: skip
     try:
         if json_ is not None:
             report.save(json_)
             print(f"figures: {json_}")
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be written: {error.strerror}.") from error
+    if html is not None:
+        from halfulp.report.sharpness_page import write_sharpness
+
+        path = write_sharpness(
+            report, html, name=report.model, ratios=ratios, rounding=rounding, force=True,
+            command=command_line(),
+        )  # fmt: skip
+        print(f"page: {path}")
 
 
 def _load(
@@ -103,7 +161,21 @@ def _measure(
     return replace(report, model=f"{loaded.name} ({report.model})", notes=tuple(notes))
 
 
-def _print(report: "SharpnessReport", per_layer: bool) -> None:
+def _ratios(report: "SharpnessReport") -> Ratios:
+    """Rule → ratio of the learning rate per block type: the published ones and the measured.
+
+    Traces of the exact Hessian may be negative and give no ratios.
+    """
+    from halfulp.sharpness.ratios import measured, resolve
+
+    types = list(report.by_type)
+    published = dict(resolve("paper", types).by_type)
+    if report.estimator == "hutchinson" or "qkvo" in types:
+        return {"paper": published}
+    return {"measured": dict(measured(report).by_type), "paper": published}
+
+
+def _print(report: "SharpnessReport", ratios: Ratios, per_layer: bool) -> None:
     print(
         f"{report.model}: loss {report.loss_nats:.4f} nats/token, {report.estimator}, "
         f"{report.draws} draws of {report.positions} predictions, seed {report.seed}, the time of "
@@ -111,16 +183,16 @@ def _print(report: "SharpnessReport", per_layer: bool) -> None:
     )
     for note in report.notes:
         print(f"note: {note}")
-    _print_rows(report, "type")
+    _print_rows(report, "type", ratios)
     if per_layer:
         print("\nEvery block")
-        _print_rows(report, "block")
+        _print_rows(report, "block", {})
     if report.eigenvalues:
         _print_eigenvalues(report)
     print(f"order: {report.order()}   (< differs by 1.96 standard errors, ~ cannot be told)")
 
 
-def _print_rows(report: "SharpnessReport", by: str) -> None:
+def _print_rows(report: "SharpnessReport", by: str, ratios: Ratios) -> None:
     from halfulp.cli.show import print_table
 
     norm = report.by_type.get("norm")
@@ -128,11 +200,30 @@ def _print_rows(report: "SharpnessReport", by: str) -> None:
     rows = []
     for row in report.rows(by):
         times = row.sharpness / norm.sharpness if norm else math.nan
+        rates = (ratio.get(row.name) for ratio in ratios.values())
         rows.append(
             (row.name, f"{row.parameters:,}", f"{row.sharpness:.3g}", f"{row.rel_se:.1%}",
-             f"{times:.3g}" if norm else "–", row.draws_for(_WANTED))
+             f"{times:.3g}" if norm else "–", row.draws_for(_WANTED),
+             *("–" if rate is None else f"{rate:.3g}" for rate in rates))
         )  # fmt: skip
-    print_table(columns, rows)
+    print_table((*columns, *(f"lr ratio, {rule}" for rule in ratios)), rows)
+
+
+def _print_critical(run: Path, loaded: "Loaded") -> None:
+    """How far the run's last update could have gone on before the loss rises."""
+    from halfulp.cli.load import weights_of
+    from halfulp.sharpness.critical import adam_direction, critical_sharpness
+    from halfulp.train.loop import config_of
+
+    train, checkpoint = config_of(run).train, weights_of(run)
+    assert checkpoint is not None
+    direction = adam_direction(checkpoint, betas=train.betas, eps=train.eps)
+    found = critical_sharpness(loaded.model, direction, loaded.text[:_ROWS], start=train.lr)
+    print(
+        f"critical step along the last update: learning rate {found.step:.2g} between "
+        f"{found.bracket[0]:.2g} and {found.bracket[1]:.2g}, critical sharpness "
+        f"{found.sharpness:.3g}; the run's highest rate is {train.lr:g}"
+    )
 
 
 def _print_eigenvalues(report: "SharpnessReport") -> None:
