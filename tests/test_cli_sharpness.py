@@ -91,7 +91,8 @@ def test_a_run_shows_how_far_its_last_update_could_go(capsys, monkeypatch, home)
         capsys, monkeypatch, home, "run", "--draws", "2", "--tokens", "128", "--force"
     )
     assert code == 0
-    assert "critical step along the last update: learning rate" in out
+    assert "critical step along the last update: " in out
+    assert "the run's last rate was 0.0001\n" in out  # a tenth of 1e-3
 
 
 def test_a_wanted_error_decides_the_draws(capsys, monkeypatch, home):

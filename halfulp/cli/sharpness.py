@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Ratios = Mapping[str, Mapping[str, float]]
 
-_ROWS = 32  # of text, for the critical step
+_ROWS, _FORWARDS = 32, 8  # of text and passes, for the critical step
 _WANTED = 0.05  # relative standard error that the column "draws for 5 %" is about
 
 
@@ -177,9 +177,9 @@ def _ratios(report: "SharpnessReport") -> Ratios:
 
 def _print(report: "SharpnessReport", ratios: Ratios, per_layer: bool) -> None:
     print(
-        f"{report.model}: loss {report.loss_nats:.4f} nats/token, {report.estimator}, "
-        f"{report.draws} draws of {report.positions} predictions, seed {report.seed}, the time of "
-        f"{report.cost_steps:.1f} training steps"
+        f"{report.model}: loss of the first batch {report.loss_nats:.4f} nats/token, "
+        f"{report.estimator}, {report.draws} draws of {report.positions} predictions, "
+        f"seed {report.seed}, the time of {report.cost_steps:.1f} training steps"
     )
     for note in report.notes:
         print(f"note: {note}")
@@ -213,17 +213,25 @@ def _print_critical(run: Path, loaded: "Loaded") -> None:
     """How far the run's last update could have gone on before the loss rises."""
     from halfulp.cli.load import weights_of
     from halfulp.sharpness.critical import adam_direction, critical_sharpness
+    from halfulp.train import checkpoint
     from halfulp.train.loop import config_of
+    from halfulp.train.schedule import lr_at
 
-    train, checkpoint = config_of(run).train, weights_of(run)
-    assert checkpoint is not None
-    direction = adam_direction(checkpoint, betas=train.betas, eps=train.eps)
-    found = critical_sharpness(loaded.model, direction, loaded.text[:_ROWS], start=train.lr)
-    print(
-        f"critical step along the last update: learning rate {found.step:.2g} between "
-        f"{found.bracket[0]:.2g} and {found.bracket[1]:.2g}, critical sharpness "
-        f"{found.sharpness:.3g}; the run's highest rate is {train.lr:g}"
+    train, weights = config_of(run).train, weights_of(run)
+    assert weights is not None
+    direction = adam_direction(weights, betas=train.betas, eps=train.eps)
+    lr = lr_at(max(checkpoint.steps_in(run / "checkpoints")) - 1, train)
+    found = critical_sharpness(
+        loaded.model, direction, loaded.text[:_ROWS], start=lr, forwards=_FORWARDS
     )
+    low, high = found.bracket
+    if math.isinf(high):
+        text = f"beyond {low:.2g}: the loss never rose"
+    elif low == 0:
+        text = f"below {high:.2g}: the loss rose at every step tried"
+    else:
+        text = f"{found.step:.2g}, in [{low:.2g}, {high:.2g}] (2 / step = {found.sharpness:.3g})"
+    print(f"critical step along the last update: {text}; the run's last rate was {lr:.2g}")
 
 
 def _print_eigenvalues(report: "SharpnessReport") -> None:
