@@ -11,6 +11,7 @@ from halfulp.report.document import claim, document, figure_card, save
 from halfulp.report.findings import BAR_NATS, Finding, judge_all
 from halfulp.report.html import Child, Markup, join, tag
 from halfulp.report.price import FAIL, PASS, UNKNOWN, Price, price_all
+from halfulp.report.rates_section import rates_section
 from halfulp.report.read import Record, read_runs
 from halfulp.report.sharpness_section import sharpness_section
 from halfulp.report.strips import hidden_blocks, strip_figure
@@ -62,6 +63,7 @@ def render_page(
         _losses(prices, bar_nats),
         _counters(records),
         sharpness_section(records),
+        rates_section(records),
         _policy(records),
         _made(records),
         _footer(prices, bar_nats),

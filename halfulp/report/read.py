@@ -72,6 +72,7 @@ class Record:
     stages: tuple[tuple[int, str], ...]  # first step and recipe of every stage of a schedule
     formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # operand → formats seen
     sharpness: tuple[Mapping[str, Any], ...] = ()  # its events, by step
+    lr_ratios: tuple[Mapping[str, Any], ...] = ()  # its events, as they came
 
     @property
     def broke_at(self) -> int:
@@ -164,6 +165,7 @@ def _read(path: Path) -> Record:
         torn=_is_torn(run.path / "events.jsonl"),
         formats=_formats(tallies.values()),
         sharpness=_latest(events.get("sharpness", ())),
+        lr_ratios=tuple(events.get("lr_ratios", ())),
     )
 
 
