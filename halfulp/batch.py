@@ -1,6 +1,6 @@
 """A batch of any kind run through a model: its logits, and the targets that they predict."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,20 @@ Batch = Tensor | Mapping[str, Any]
 """Token ids, or the keyword arguments of the model."""
 
 IGNORED = -100  # the label of a position that does not count, as in transformers
+
+
+def as_list(batches: Batch | Sequence[Batch] | None) -> list[Batch]:
+    """One batch or several as a list, None as an empty one; CheckError for what is neither."""
+    if batches is None:
+        return []
+    if isinstance(batches, Tensor | Mapping):
+        return [batches]
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise CheckError(
+            f"{describe(batches)} is no batch. Give token ids [B, T], a mapping of the model's "
+            "keyword arguments, or a sequence of either."
+        )
+    return list(batches)
 
 
 def run(model: nn.Module, batch: Batch) -> Tensor:
@@ -90,9 +104,15 @@ def predict(model: nn.Module, batch: Batch) -> Predictions:
             f"{describe(batch)} has no label that counts (all are {IGNORED}, or rows are one token "
             "long). Give sequences of two tokens or more."
         )
-    if bool(counted.all()):
-        return Predictions(logits, labels)
-    return Predictions(logits[counted], labels[counted])
+    if not bool(counted.all()):
+        logits, labels = logits[counted], labels[counted]
+    low, high, vocab = int(labels.min()), int(labels.max()), logits.shape[1]
+    if low < 0 or high >= vocab:
+        raise CheckError(
+            f"labels reach from {low} to {high}, and the model predicts {vocab} tokens. Give "
+            f"labels from 0 to {vocab - 1}, or {IGNORED} for positions that do not count."
+        )
+    return Predictions(logits, labels)
 
 
 def _own_labels(batch: Batch, logits: Tensor) -> Tensor:

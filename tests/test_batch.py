@@ -90,6 +90,14 @@ def test_one_label_per_row_of_logits():
             {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.zeros(1, 3).long()},
             "no label that counts",
         ),
+        (
+            {"input_ids": torch.ones(1, 3).long(), "labels": torch.full((1, 3), V)},
+            f"labels reach from {V} to {V}, and the model predicts {V} tokens",
+        ),
+        (
+            {"input_ids": torch.ones(1, 3).long(), "labels": torch.full((1, 3), -1)},
+            "labels reach from -1 to -1",
+        ),
         (torch.ones(3, dtype=torch.int64), "cannot run on int64"),
         ("text", "cannot run on str"),
     ],

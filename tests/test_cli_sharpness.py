@@ -51,6 +51,7 @@ def test_tables_and_figures(capsys, monkeypatch, home):
     assert code == 0
     lines = out.splitlines()
     assert sum(line.startswith("layers.1.qk ") for line in lines) == 1
+    lines = [line for line in lines if not line.startswith("note: ")]
     table = lines[1 : lines.index("")]
     names = ["block", "emb", "qk", "vo", "ffn", "norm", "pos", "bias"]
     assert [line.split()[0] for line in table] == names
@@ -74,6 +75,29 @@ def test_formats_are_forecast_measured_and_priced(capsys, monkeypatch, home):
     page = (home / "page.html").read_text(encoding="utf-8")
     assert "int4@1x32:current" in page
     assert "KL by check" in page
+
+
+def test_what_a_reader_must_know_of_few_texts_and_experts(capsys, monkeypatch, home):
+    """Draws of the same text, formats that change nothing, and experts that hints place."""
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=257, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+        max_position_embeddings=96, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(home / "experts")
+    hints = ("--hint", "*.mlp.gate.weight=router:fp32", "--hint", "*.experts.*=ffn:fp32")
+    options = (*QUICK, "--rel-se", "0.2", "--formats", "fp32")
+    code, out, err = run(capsys, monkeypatch, home, "experts", *options, *hints)
+    assert code == 0, err
+    assert "The model has routers" in out
+    assert "nearest: nothing to correlate" in out
+    assert "nan" not in out
+    options = ("--data", "text.txt", "--draws", "20", "--tokens", "1000")
+    _, out, _ = run(capsys, monkeypatch, home, "whole", *options, "--estimator", "fisher")
+    assert "is enough for" not in out  # each of its draws has a text of its own
+    _, out, _ = run(capsys, monkeypatch, home, "whole", *options)
+    assert "of the 20 draws" in out
 
 
 def test_a_run_shows_how_far_its_last_update_could_go(capsys, monkeypatch, home):
@@ -109,8 +133,11 @@ def test_a_wanted_error_decides_the_draws(capsys, monkeypatch, home):
     ("model", "options", "said"),
     [
         ("nosuch", (), "neither a run directory"),
-        ("nan", (), "is nan"),
-        ("whole", ("--draws", "1"), "2 or more"),
+        ("nan", (), "holds inf or NaN"),
+        ("whole", ("--tokens", "64"), "--tokens 64 is too few"),
+        ("whole", ("--seed", "99999999999999999999"), "64 bits"),
+        ("whole", ("--budget", "1e-3"), "belongs to --formats"),
+        ("whole", ("--draws", "1"), "whole number from 2"),
         ("whole", ("--estimator", "hessian"), "hutchinson"),
         ("whole", ("--rel-se", "0"), "(0, 1)"),
         ("whole", ("--hint", "x"), "GLOB="),

@@ -165,12 +165,17 @@ def _dtypes(file: Path) -> set[str]:
     return {v["dtype"] for v in header.values() if isinstance(v, dict) and "dtype" in v}
 
 
+def check_tokens(tokens: int) -> None:
+    """ConfigError for fewer than LEAST_TOKENS."""
+    if tokens < LEAST_TOKENS:
+        raise ConfigError(f"--tokens {tokens} is too few: give {LEAST_TOKENS} or more.")
+
+
 def _text(
     corpus: Any, tokens: int, length: int, seed: int, *, held_only: bool
 ) -> tuple[Tensor, Tensor]:
     """Token ids of two texts that share no window: the first to price, the second to judge."""
-    if tokens < LEAST_TOKENS:
-        raise ConfigError(f"--tokens {tokens} is too few: give {LEAST_TOKENS} or more.")
+    check_tokens(tokens)
     wanted = math.ceil(tokens / length)
     if not held_only:
         first, second = (_rows(corpus, s, wanted, length, seed) for s in ("train", "val"))

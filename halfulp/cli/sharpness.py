@@ -65,8 +65,11 @@ def sharpness(
         ),
     ] = None,
     budget: Annotated[
-        float, typer.Option(help="With --formats: nats per token that one block type may cost.")
-    ] = 5e-3,
+        float | None,
+        typer.Option(
+            help="With --formats: nats per token that one block type may cost. [default: 0.005]"
+        ),
+    ] = None,
     hint: Annotated[
         list[str] | None,
         typer.Option(help="'GLOB=BLOCK' for parameters that halfulp cannot place."),
@@ -83,7 +86,7 @@ def sharpness(
     check_outputs({"--html": html, "--json": json_}, force=force)
     asked = words("--formats", formats) if formats is not None else []
     hints = pairs("--hint", hint or [])
-    _check_formats(asked, budget)
+    limit = _budget(asked, budget)
     loaded = _load(model, data, tokenizer, tokens, draws, seed)
     report = _measure(loaded, estimator, draws, rel_se, tokens, hints, seed)
     ratios = _ratios(report)
@@ -92,22 +95,27 @@ def sharpness(
         _print_critical(run, loaded)
     rounding: list[dict[str, str]] = []
     if asked:
-        found = forecast_of(loaded, asked, draws=draws, seed=seed, budget=budget, hints=hints)
+        found = forecast_of(loaded, asked, draws=draws, seed=seed, budget=limit, hints=hints)
         prices = prices_of(loaded, asked, seed=seed, hints=hints)
-        print_forecast(found, prices)
+        print_forecast(found, prices, said=report.notes)
         rounding = cells(found, prices)
     _write(report, ratios, rounding, html, json_)
 
 
-def _check_formats(formats: list[str], budget: float) -> None:
-    """Before any work: FormatError and ConfigError for what cannot be forecast."""
-    if not 0 < budget < math.inf:
+def _budget(formats: list[str], budget: float | None) -> float:
+    """The budget in nats per token; FormatError and ConfigError for what cannot be forecast."""
+    if budget is not None and not 0 < budget < math.inf:
         raise ConfigError(f"--budget {budget:g} leaves no room. Give nats per token above 0.")
-    if formats:
-        from halfulp.sharpness.weights import weight_quantizer
+    if not formats:
+        if budget is not None:
+            raise ConfigError("--budget belongs to --formats. Give formats, or leave it out.")
+        return math.nan
+    from halfulp.sharpness.rounding import BUDGET_NATS
+    from halfulp.sharpness.weights import weight_quantizer
 
-        for word in formats:
-            weight_quantizer(word)
+    for word in formats:
+        weight_quantizer(word)
+    return BUDGET_NATS if budget is None else budget
 
 
 def _write(
@@ -133,9 +141,10 @@ def _write(
 def _load(
     where: str, data: list[str] | None, tokenizer: str | None, tokens: int, draws: int, seed: int
 ) -> "Loaded":
-    from halfulp.cli.load import load_model
+    from halfulp.cli.load import check_tokens, load_model
 
     quiet_transformers()
+    check_tokens(tokens)
     wanted = max(1, draws) * tokens
     return load_model(where, data=data, tokenizer=tokenizer, tokens=wanted, seed=seed)
 
@@ -147,16 +156,18 @@ def _measure(
     from halfulp.sharpness.measure import sharpness as measure
 
     rows, length = loaded.text.shape
-    batches = loaded.text.split(max(1, min(rows, tokens // length)))
+    each = max(1, min(rows, tokens // length))
+    batches = loaded.text[: rows // each * each].split(each)  # all of one size
     with Steps() as steps:
         report = measure(
             loaded.model, batches, estimator=estimator, draws=draws, rel_se=rel_se,
             hints=hints or None, seed=seed, progress=steps.count,
         )  # fmt: skip
     notes = [*loaded.notes, *report.notes]
-    if len(batches) < draws:
+    if len(batches) < report.draws:
         notes.append(
-            f"The text has {len(batches)} batches for {draws} draws: errors do not cover the text."
+            f"The text is enough for {len(batches)} of the {report.draws} draws, so that the "
+            "errors do not cover all that another text would change."
         )
     return replace(report, model=f"{loaded.name} ({report.model})", notes=tuple(notes))
 
@@ -212,14 +223,19 @@ def _print_rows(report: "SharpnessReport", by: str, ratios: Ratios) -> None:
 def _print_critical(run: Path, loaded: "Loaded") -> None:
     """How far the run's last update could have gone on before the loss rises."""
     from halfulp.cli.load import weights_of
+    from halfulp.pieces import pieces
     from halfulp.sharpness.critical import adam_direction, critical_sharpness
     from halfulp.train import checkpoint
+    from halfulp.train.blockwise import last_ratios
     from halfulp.train.loop import config_of
     from halfulp.train.schedule import lr_at
 
-    train, weights = config_of(run).train, weights_of(run)
+    config, weights = config_of(run), weights_of(run)
     assert weights is not None
+    train = config.train
+    ratios = last_ratios(config, pieces(loaded.model, config.model.hints), weights)
     direction = adam_direction(weights, betas=train.betas, eps=train.eps)
+    direction = {name: d * ratios.get(name, 1.0) for name, d in direction.items()}
     lr = lr_at(max(checkpoint.steps_in(run / "checkpoints")) - 1, train)
     found = critical_sharpness(
         loaded.model, direction, loaded.text[:_ROWS], start=lr, forwards=_FORWARDS
@@ -231,7 +247,10 @@ def _print_critical(run: Path, loaded: "Loaded") -> None:
         text = f"below {high:.2g}: the loss rose at every step tried"
     else:
         text = f"{found.step:.2g}, in [{low:.2g}, {high:.2g}] (2 / step = {found.sharpness:.3g})"
-    print(f"critical step along the last update: {text}; the run's last rate was {lr:.2g}")
+    print(
+        f"critical step along the last update: {text}; the run's last rate was {lr:.2g}"
+        f"{', times the ratio of each block' if ratios else ''}"
+    )
 
 
 def _print_eigenvalues(report: "SharpnessReport") -> None:

@@ -47,7 +47,7 @@ def prices_of(
     kinds = {p.parameter: p.kind for p in parts if p.kind not in mixed}
     found = price(
         loaded.model, loaded.text[:_ROWS], formats=tuple(formats), probes=_PROBES, seed=seed,
-        sites=[f"weight:{name}" for name in kinds], margins=False,
+        sites=[f"weight:{name}" for name in kinds], margins=False, hints=hints or None,
     )  # fmt: skip
     totals: dict[tuple[str, str], float] = {}
     for name, kind in kinds.items():
@@ -62,20 +62,31 @@ def _number(value: "Tensor") -> float:
     return kl if math.isfinite(kl) else 0.0
 
 
-def print_forecast(found: "Forecast", prices: Mapping[tuple[str, str], float]) -> None:
-    """The table, what a budget allows, and how well forecast and measurement agree."""
+def print_forecast(
+    found: "Forecast", prices: Mapping[tuple[str, str], float], *, said: Sequence[str]
+) -> None:
+    """The table, what a budget allows, and how well forecast and measurement agree.
+
+    `said`: notes that the reader has seen already.
+    """
     from halfulp.cli.show import print_table
 
     print(
         f"\nLoss added by rounding the weights of one block type (nats/token; {found.positions} "
         f"predictions, {found.draws} draws, {found.seeds} stochastic roundings)"
     )
+    for note in found.notes:
+        if note not in said:
+            print(f"note: {note}")
     rows = cells(found, prices)
     print_table(list(rows[0]), [list(row.values()) for row in rows])
     lowest = ", ".join(f"{block} {fmt or 'none'}" for block, fmt in found.lowest().items())
     print(f"fewest bits within {found.budget_nats:g} nats, each block type alone: {lowest}")
     for rounding in ("nearest", "stochastic"):
         a = found.agreement(rounding=rounding)
+        if math.isnan(a.spearman):
+            print(f"{rounding}: nothing to correlate, as too few of these formats change weights")
+            continue
         print(
             f"{rounding}: rank correlation {a.spearman:.3f}, measured / forecast {a.median:.2f} "
             f"[{a.quartiles[0]:.2f}, {a.quartiles[1]:.2f}] (quartiles over blocks and formats)"

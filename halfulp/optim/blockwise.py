@@ -51,6 +51,8 @@ def blockwise_param_groups(
             f"lr = {lr:g} and weight_decay = {weight_decay:g} cannot be used. Give a learning rate "
             "above 0 and a weight decay of 0 or more."
         )
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{type(model).__name__} is no model. Give a torch.nn.Module.")
     model = unwrapped(model)
     kinds, chosen = ratios_of(model, ratios, hints=hints, anchor=anchor)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from halfulp.batch import Batch
+from halfulp.batch import Batch, as_list
 from halfulp.errors import ConfigError
 from halfulp.formats import format_bits
 from halfulp.knapsack import allocate as knapsack
 from halfulp.sharpness.curvature import Curvature, loss_on, measure_curvature
-from halfulp.sharpness.rounding import Terms, as_list, check_draws, terms
-from halfulp.sharpness.setup import prepared, refuse
+from halfulp.sharpness.rounding import Terms, terms
+from halfulp.sharpness.setup import check_draws, prepared, refuse
 from halfulp.sharpness.weights import Weights, in_place, weight_quantizer
 
 CANDIDATES = ("bf16", "int8@row:current", "int4@1x32:current")
@@ -77,7 +77,7 @@ def allocate(
     model = getattr(model, "_orig_mod", model)  # of a model from torch.compile
     listed, others = as_list(batches), as_list(held_out)
     refuse(model, listed)
-    check_draws(draws)
+    check_draws(draws, seed)
     _check_request(bits, budget_nats, candidates, rule)
     vector = _vector_word(candidates)
     quantizers = {word: weight_quantizer(word) for word in (*candidates, vector)}

@@ -49,8 +49,8 @@ def critical_sharpness(
     sides, then halve the bracket on a logarithmic scale. `loss` replaces the mean cross entropy of
     `batch`. Weights come back with the bits that they had.
 
-    CheckError for names or shapes that the model does not have, NonFiniteError where the loss is
-    not finite before any step.
+    CheckError for names or shapes that the model does not have, NonFiniteError where the direction
+    is not finite, or the loss before any step.
     """
     named = dict(model.named_parameters())
     moved = {n: (p, direction[n], p.detach().clone()) for n, p in named.items() if n in direction}
@@ -136,13 +136,20 @@ def _loss(model: nn.Module, batch: Batch) -> float:
 def _check(
     named: Mapping[str, Tensor], direction: Mapping[str, Tensor], start: float, forwards: int
 ) -> None:
-    unknown = [n for n, d in direction.items() if n not in named or named[n].shape != d.shape]
+    shapes = {name: p.shape for name, p in named.items()}
+    unknown = [n for n, d in direction.items() if shapes.get(n) != getattr(d, "shape", None)]
     if unknown or not direction:
         raise CheckError(
             f"the direction has {len(unknown)} tensors that fit no parameter, "
             f"{', '.join(unknown[:3]) or 'and none that does'}. Give name → tensor of the "
             "parameter's shape, as model.named_parameters() names them."
         )
+    for name, d in direction.items():
+        if not bool(torch.isfinite(d).all()):
+            raise NonFiniteError(
+                f"the direction of {name} holds inf or NaN. Take that of an update before the run "
+                "diverged."
+            )
     if forwards < 3 or not 0 < start < math.inf:
         raise CheckError(
             f"forwards = {forwards} and start = {start} give no bracket. Give 3 or more and the "

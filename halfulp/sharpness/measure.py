@@ -1,5 +1,6 @@
 """Measure the sharpness of every block of a model, leaving the model as it was."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -7,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from halfulp.batch import Batch, predict
+from halfulp.batch import Batch, as_list, predict
 from halfulp.errors import ConfigError, NonFiniteError
 from halfulp.pieces import Piece, pieces
 from halfulp.sharpness.first_order import gradients, log_probabilities, mean_loss, traces
@@ -15,10 +16,11 @@ from halfulp.sharpness.hessian import Hessian, twice_differentiable
 from halfulp.sharpness.hutchinson import probes
 from halfulp.sharpness.lanczos import TOLERANCE, Eigenvalue, eigenvalues
 from halfulp.sharpness.report import PAPER_TYPES, SharpnessReport
-from halfulp.sharpness.setup import prepared, refuse
+from halfulp.sharpness.setup import check_draws, prepared, refuse
 
 ESTIMATORS = ("gnb", "fisher", "hutchinson", "lanczos")
 MOST_DRAWS = 1024  # where a wanted error decides how many
+_FEW = 8  # draws below which the reader is told how rough the standard errors are
 _BIASED = (
     "The empirical Fisher of a mini-batch is not invariant to its size: it adds B ‖E g‖². "
     "Compare blocks only; --estimator gnb has no such bias."
@@ -29,7 +31,8 @@ _INDEFINITE = (
 )
 
 Progress = Callable[[str], None]
-Draws = Callable[[int], Iterator[tuple[Tensor, int]]]  # n → n × (values [pieces], positions)
+# (n, draws done before) → n × (values [pieces], positions)
+Draws = Callable[[int, int], Iterator[tuple[Tensor, int]]]
 
 
 def sharpness(
@@ -61,8 +64,9 @@ def sharpness(
     for an unknown estimator or numbers out of range, PolicyError for parameters in no block and
     NonFiniteError for losses or gradients that are not finite.
     """
-    listed = [batches] if isinstance(batches, Tensor | Mapping) else list(batches)
-    _check_numbers(estimator, draws, rel_se)
+    listed = as_list(batches)
+    check_draws(draws, seed)
+    _check_numbers(estimator, rel_se)
     refuse(model, listed)
     say = progress or (lambda _: None)
     eager = getattr(model, "_orig_mod", model)  # of a model from torch.compile
@@ -90,13 +94,17 @@ def sharpness(
         seconds = time.perf_counter() - start
     if report.draws < len(listed):
         report = _noted(report, f"Draws used {report.draws} of the {len(listed)} batches.")
+    if report.draws < _FEW:
+        report = _noted(report, _rough(report.draws))
     return replace(report, cost_steps=seconds / step_seconds)
 
 
 def _probed(
     model: nn.Module, batches: Sequence[Batch], parts: Sequence[Piece], generator: torch.Generator
 ) -> Draws:
-    return lambda draws: probes(model, batches, parts, draws=draws, generator=generator)
+    return lambda draws, done: probes(
+        model, _from(batches, done), parts, draws=draws, generator=generator
+    )
 
 
 def _differentiated(
@@ -106,13 +114,20 @@ def _differentiated(
     named = dict(getattr(model, "_orig_mod", model).named_parameters())
     parameters = [named[p.parameter] for p in parts]
 
-    def draw(draws: int) -> Iterator[tuple[Tensor, int]]:
+    def draw(draws: int, done: int) -> Iterator[tuple[Tensor, int]]:
+        turn = _from(batches, done)
         for found, positions in gradients(
-            model, batches, parameters, draws=draws, generator=generator, sampled=sampled
+            model, turn, parameters, draws=draws, generator=generator, sampled=sampled
         ):
             yield traces(found, positions, parts), positions
 
     return draw
+
+
+def _from(batches: Sequence[Batch], done: int) -> Sequence[Batch]:
+    """The batches, beginning with the one whose turn it is after `done` draws."""
+    first = done % len(batches)
+    return [*batches[first:], *batches[:first]]
 
 
 def _drawn(
@@ -122,14 +137,16 @@ def _drawn(
     """`draws` draws; with a wanted error, doubled until it is reached or there are `most`."""
     most = max(draws, MOST_DRAWS) if most is None else most
     values: list[Tensor] = []
+    positions: list[int] = []
     wanted = min(draws, most)
     while wanted > 0:
-        for value, positions in source(wanted):
+        for value, size in source(wanted, len(values)):
             _check_finite(value, report.pieces)
             values.append(value)
-            report = replace(report, positions=positions)
+            positions.append(size)
             say(f"draw {len(values)}")
-        report = replace(report, traces=torch.stack(values))
+        mean = round(sum(positions) / len(positions))
+        report = replace(report, traces=torch.stack(values), positions=mean)
         if rel_se is None or _precise(report, rel_se):
             return report
         wanted = min(len(values), most - len(values))
@@ -168,6 +185,13 @@ def _noted(report: SharpnessReport, *notes: str) -> SharpnessReport:
     return replace(report, notes=(*report.notes, *notes))
 
 
+def _rough(draws: int) -> str:
+    if draws == 1:
+        return "With one draw there is no standard error."
+    error = 1 / math.sqrt(2 * (draws - 1))
+    return f"With {draws} draws the standard errors are themselves ± {error:.0%}."
+
+
 def _precise(report: SharpnessReport, rel_se: float) -> bool:
     return all(r.rel_se <= rel_se for r in report.rows() if r.kind in PAPER_TYPES)
 
@@ -195,12 +219,11 @@ def _one_step(model: nn.Module, batch: Batch) -> tuple[float, float]:
     return loss.item(), min(taken)
 
 
-def _check_numbers(estimator: str, draws: int, rel_se: float | None) -> None:
+def _check_numbers(estimator: str, rel_se: float | None) -> None:
     if estimator not in ESTIMATORS:
         raise ConfigError(
             f"estimator = {estimator!r} does not exist. Give one of {', '.join(ESTIMATORS)}."
         )
-    if draws < 2:
-        raise ConfigError(f"draws = {draws} gives no standard error. Give 2 or more.")
-    if rel_se is not None and not 0 < rel_se < 1:
-        raise ConfigError(f"rel_se = {rel_se} is no relative error. Give a number in (0, 1).")
+    number = isinstance(rel_se, int | float)
+    if rel_se is not None and not (number and 0 < rel_se < 1):
+        raise ConfigError(f"rel_se = {rel_se!r} is no relative error. Give a number in (0, 1).")

@@ -6,6 +6,7 @@ difference gives tr Σ without another pass. With true labels Σ is the Fisher o
 the model: late in training it is close to the Gauss-Newton matrix up to one common factor.
 """
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -89,6 +90,8 @@ class SharpnessMonitor:
                 "no gradient has reached the model since the last micro-batch. Call "
                 "on_microbatch after loss.backward()."
             )
+        if not 0 < positions < math.inf:
+            raise CheckError(f"positions = {positions} are none. Give the predictions that count.")
         self._micro.append(self._stack(self._norms))
         self._positions.append(float(positions))
         self._norms = {}
@@ -106,6 +109,11 @@ class SharpnessMonitor:
                 "after each loss.backward()."
             )
         weight = 1 / count if weight is None else weight
+        if not 0 < weight < math.inf:
+            raise CheckError(
+                f"weight = {weight} is no factor of a loss. Give what the mean loss of a "
+                "micro-batch was multiplied by."
+            )
         micro = torch.stack(self._micro) / weight**2
         summed = self._stack(
             {

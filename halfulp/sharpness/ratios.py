@@ -181,10 +181,12 @@ def check_names(ratios: Mapping[str, float]) -> None:
         if name not in _NAMED:
             raise ConfigError(
                 f"ratios name the block type {name!r}, which does not exist. "
-                f"Nearest: {nearest(name, _NAMED)}."
+                f"Nearest: {nearest(str(name), _NAMED)}."
             )
-        if not 0 < value < math.inf:
-            raise ConfigError(f"the ratio {name} = {value:g} is not positive. Give one above 0.")
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConfigError(
+                f"the ratio {name} = {value!r} is no positive number. Give one above 0."
+            )
 
 
 def check_written(text: str) -> None:
@@ -204,6 +206,11 @@ def _asked(
     if isinstance(ratios, str) and "=" not in ratios:
         check_written(ratios)
         return _preset(ratios, has, frozen), ratios
+    if not isinstance(ratios, str | Mapping):
+        raise ConfigError(
+            f"ratios = {ratios!r} cannot be used. Give one of {', '.join(PRESETS)}, "
+            "'emb=10,qk=8,ffn=6,vo=4', a mapping, or a report of halfulp.sharpness."
+        )
     given = parse(ratios) if isinstance(ratios, str) else dict(ratios)
     check_names(given)
     if absent := [name for name in given if name not in has]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from halfulp.batch import Batch
+from halfulp.batch import Batch, as_list
 from halfulp.errors import ConfigError
 from halfulp.numerics.quantizer import Quantizer
 from halfulp.numerics.random import Key
@@ -21,11 +21,16 @@ from halfulp.pieces import PIECE_TYPES, Piece
 from halfulp.sharpness.coherent import quadratic_form
 from halfulp.sharpness.curvature import Curvature, loss_on, measure_curvature
 from halfulp.sharpness.rounding_report import WHOLE, Forecast, RoundingRow
-from halfulp.sharpness.setup import prepared, refuse
+from halfulp.sharpness.setup import check_draws, prepared, refuse
 from halfulp.sharpness.weights import Weights, in_place, weight_quantizer
 
 FORMATS = ("bf16", "e4m3", "mxfp8", "int8@row:current", "nvfp4", "int4@1x32:current")
 BUDGET_NATS = 5e-3
+
+_ROUTED = (
+    "The model has routers: rounding may send tokens to other experts, which no forecast sees. "
+    "Trust the measurements."
+)
 
 Progress = Callable[[str], None]
 
@@ -62,7 +67,7 @@ def forecast(
     listed, others = as_list(batches), as_list(held_out)
     quantizers = {word: weight_quantizer(word) for word in formats}
     refuse(model, listed)
-    check_draws(draws)
+    check_draws(draws, seed)
     _check_numbers(quantizers, budget_nats, seeds, measure, held_out is not None)
     weights = Weights.of(model, hints)
     say = progress or (lambda _: None)
@@ -81,7 +86,7 @@ def forecast(
         blocks=tuple(blocks), whole=tuple(r for r in rows if r.block == WHOLE),
         formats=tuple(quantizers), budget_nats=budget_nats, loss_nats=losses[0],
         held_out_nats=losses[1], positions=found.positions, draws=draws, seeds=task.seeds,
-        seed=seed, notes=tuple(notes),
+        seed=seed, notes=(*notes, *([_ROUTED] if "router" in groups else [])),
     )  # fmt: skip
 
 
@@ -214,17 +219,6 @@ def _by_type(pieces: Sequence[Piece]) -> dict[str, list[int]]:
     for i, piece in enumerate(pieces):
         groups.setdefault(piece.kind, []).append(i)
     return {kind: groups[kind] for kind in PIECE_TYPES if kind in groups}
-
-
-def as_list(batches: Batch | Sequence[Batch] | None) -> list[Batch]:
-    if batches is None:
-        return []
-    return [batches] if isinstance(batches, Tensor | Mapping) else list(batches)
-
-
-def check_draws(draws: int) -> None:
-    if draws < 2:
-        raise ConfigError(f"draws = {draws} gives no standard error. Give 2 or more.")
 
 
 def _check_numbers(

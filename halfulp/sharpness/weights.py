@@ -17,6 +17,7 @@ from halfulp.numerics.quantizer import Quantizer
 from halfulp.numerics.random import Key
 from halfulp.numerics.rounding import round_to
 from halfulp.pieces import Piece
+from halfulp.sharpness.setup import check_finite
 
 
 def weight_quantizer(word: str) -> Quantizer:
@@ -56,11 +57,7 @@ class Weights:
                     f"{name} is {p.dtype}; the effect of rounding is measured on fp32 or fp64 "
                     "weights, which can hold the rounded values. Convert the model: model.float()."
                 )
-            if not bool(torch.isfinite(p).all()):
-                raise NonFiniteError(
-                    f"{name} holds inf or NaN: nothing can be forecast for such weights. Load a "
-                    "checkpoint from before the run diverged."
-                )
+        check_finite(tensors)
         modules = {g.module for g in block_map(model, hints).gemms}
         found = set()
         for module in modules:

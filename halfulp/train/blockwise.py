@@ -5,10 +5,12 @@ and at the shares MEASURED_AT of the run, by halfulp/sharpness/ratios.py, as fas
 allows. Ratios of any kind come down when the run suffers from them (halfulp/train/rate_guard.py).
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,6 +163,21 @@ def _check_warmup(config: TrainConfig, chosen: Ratios) -> None:
             f"the warm-up of {kind} takes {warmup * ratio:g} steps (train.warmup × {ratio:g}), and "
             f"the run has {steps}. Give a shorter train.warmup, or blockwise.stretch_warmup=false."
         )
+
+
+def last_ratios(config: TrainConfig, parts: Sequence[Piece], checkpoint: Path) -> dict[str, float]:
+    """Parameter → its rate over the run's in the last step before `checkpoint`; {} without ratios.
+
+    Of `auto` by the ratios that were in force after that step.
+    """
+    blockwise = open_blockwise(config, parts)
+    if blockwise is None:
+        return {}
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    blockwise.load(state["blockwise"])
+    step = max(0, state["step"] - 1)
+    base = lr_at(step, config.train)
+    return {name: blockwise.lr(step, kind) / base for name, kind in blockwise.kinds.items()}
 
 
 @torch.no_grad()

@@ -173,6 +173,11 @@ def check(config: TrainConfig) -> None:
     _at_least("model.hidden", config.model.hidden, 0)
     _at_least("sharpness.every", config.sharpness.every, 0)
     _at_least("sharpness.draws", config.sharpness.draws, 1)
+    if not config.sharpness.every and config.sharpness.draws != SharpnessSection().draws:
+        raise ConfigError(
+            "sharpness.draws has no effect with sharpness.every = 0. Give the steps between two "
+            "measurements, or delete it."
+        )
     for tracker in config.run.trackers:
         _one_of("run.trackers", tracker, TRACKERS)
 
@@ -271,12 +276,12 @@ def _check_blockwise(section: BlockwiseSection) -> None:
     if section.ratios and not auto:
         check_written(section.ratios)
     default = BlockwiseSection()
-    idle = {"power", "cap"} - ({"power", "cap"} if auto else set())
+    idle = {"stretch_warmup"} if auto else {"power", "cap"}
     if not section.ratios:
         idle |= {"stretch_warmup", "floor", "anchor", "guard"}
     for name in sorted(idle):
         if getattr(section, name) != getattr(default, name):
-            wanted = "'auto'" if name in ("power", "cap") else "ratios"
+            wanted = "'auto'" if name in ("power", "cap") else "other ratios" if auto else "ratios"
             raise ConfigError(
                 f"blockwise.{name} has no effect with blockwise.ratios = {section.ratios!r}. "
                 f"Give {wanted}, or delete it."

@@ -178,6 +178,9 @@ def _refuse(s: Session, what: str, place: Place) -> None:
     step = s.step + 1
     s.emit("nonfinite", step=step, what=what, block=place.block)
     cure = f"halve train.lr (it is {s.config.train.lr:g})"
+    if s.blockwise is not None:
+        kind, ratio = max(s.blockwise.effective().items(), key=lambda item: item[1])
+        cure += f" or lower the ratios of blockwise.ratios (the highest is {kind} = {ratio:g})"
     if place.block:
         cure += f", or give the block a wider recipe with a rule that matches {place.block!r}"
     good = "Last good checkpoint: none."

@@ -98,5 +98,9 @@ def test_what_cannot_be_searched_is_said():
         critical_sharpness(model, {}, torch.empty(0), start=0.1, loss=model.loss)
     with pytest.raises(CheckError, match="start = 0 give no bracket"):
         critical_sharpness(model, {"w": g}, torch.empty(0), start=0, loss=model.loss)
+    with pytest.raises(CheckError, match="has 1 tensors that fit no parameter, w"):
+        critical_sharpness(model, {"w": 3}, torch.empty(0), start=0.1, loss=model.loss)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(NonFiniteError, match="the direction of w holds inf or NaN"):
+        critical_sharpness(model, {"w": g * math.nan}, torch.empty(0), start=1, loss=model.loss)
     with pytest.raises(NonFiniteError, match="the loss is nan before any step"):
         critical_sharpness(model, {"w": g}, torch.empty(0), start=1, loss=lambda: math.nan)

@@ -99,6 +99,28 @@ def test_draws_take_the_batches_in_turns():
     assert torch.allclose(both.traces, torch.stack(alone))
     few = halfulp.sharpness(model, [*batches, ids(seed=3)], draws=2)
     assert "Draws used 2 of the 3 batches." in few.notes
+    assert both.positions == round((7 * len(batches[0]) + 7 * len(batches[1])) / 2)
+
+
+@pytest.mark.parametrize("estimator", ["fisher", "gnb", "hutchinson"])
+def test_draws_for_a_wanted_error_go_on_with_the_next_batches(estimator):
+    """Else draws of the same batch would pass for independent ones, and the error look small."""
+    model = tiny("gpt2")
+    batches = [ids(rows, seed=rows) for rows in (1, 2, 3, 4)]
+    report = halfulp.sharpness(model, batches, estimator=estimator, draws=2, rel_se=1e-9)
+    if estimator == "fisher":
+        whole = halfulp.sharpness(model, batches, estimator=estimator, draws=4)
+        assert torch.equal(report.traces, whole.traces)
+    assert report.positions == round(7 * (1 + 2 + 3 + 4) / 4)
+    assert not any("Draws used" in note for note in report.notes)
+
+
+def test_few_draws_say_how_rough_their_errors_are():
+    two, eight = (halfulp.sharpness(gpt2(), ids(), draws=n).notes for n in (2, 8))
+    assert any("With 2 draws the standard errors are themselves ± 71%" in note for note in two)
+    assert not any("standard errors" in note for note in eight)
+    fisher = halfulp.sharpness(gpt2(), ids(), estimator="fisher")
+    assert any("one draw there is no standard error" in note for note in fisher.notes)
 
 
 def test_more_draws_until_the_error_is_small():
@@ -140,7 +162,14 @@ def broken(model):
     ("more", "error", "says"),
     [
         ({"estimator": "sophia"}, ConfigError, "'sophia' does not exist. Give one of gnb, fisher"),
-        ({"draws": 1}, ConfigError, "draws = 1 gives no standard error. Give 2 or more"),
+        ({"draws": 1}, ConfigError, "draws = 1 gives no standard error. Give a whole number from"),
+        ({"draws": 2.5}, ConfigError, "draws = 2.5 gives no standard error"),
+        ({"seed": 1 << 70}, ConfigError, "seed = .* cannot be used. Give a whole number"),
+        ({"rel_se": "x"}, ConfigError, "rel_se = 'x' is no relative error"),
+        ({"batches": 5}, CheckError, "int is no batch"),
+        ({"model": "gpt2"}, CheckError, "str is no model"),
+        ({"model": gpt2().to("meta")}, CheckError, "is on the meta device"),
+        ({"model": broken(gpt2())}, NonFiniteError, "wte.weight holds inf or NaN"),
         ({"rel_se": 5.0}, ConfigError, r"rel_se = 5.0 is no relative error"),
         ({"batches": []}, CheckError, "no batch to measure on"),
         ({"batches": torch.ones(3, 1).long()}, CheckError, "no label that counts"),
@@ -164,8 +193,14 @@ def test_bad_input_is_answered(more, error, says):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_loss_that_is_not_finite(estimator):
+    def spoil(_module, _inputs, out):
+        out.logits = out.logits * torch.nan
+        return out
+
+    model = gpt2()
+    model.register_forward_hook(spoil)
     with pytest.raises(NonFiniteError, match=r"the loss of a batch of 14 positions is nan.*check"):
-        halfulp.sharpness(broken(gpt2()), ids(), estimator=estimator)
+        halfulp.sharpness(model, ids(), estimator=estimator)
 
 
 def test_a_gradient_that_is_not_finite():

@@ -114,7 +114,11 @@ def test_wrong_use_is_told():
     with pytest.raises(CheckError, match="was not followed by on_microbatch"):
         monitor.on_step()
     next_token_loss(model, batches(1)[0]).backward()
+    with pytest.raises(CheckError, match="positions = 0 are none"):
+        monitor.on_microbatch(0)
     monitor.on_microbatch(48)
+    with pytest.raises(CheckError, match="weight = 0 is no factor"):
+        monitor.on_step(weight=0)
     with pytest.raises(CheckError, match="one micro-batch per step has no spread"):
         monitor.on_step()
 

@@ -6,10 +6,13 @@ import pytest
 import torch
 from processes import start, train_or_resume, train_together
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from halfulp.errors import ConfigError
+from halfulp.errors import ConfigError, NonFiniteError
+from halfulp.pieces import pieces
 from halfulp.run import Run
 from halfulp.train import loop
+from halfulp.train.blockwise import last_ratios
 from halfulp.train.config import TrainSection
 from halfulp.train.loop import config_of, train
 from halfulp.train.rate_guard import Alarm, RateGuard, Track
@@ -201,6 +204,24 @@ def test_gradient_norms_of_types_add_up_to_that_of_all(make_config, monkeypatch)
     assert seen == pytest.approx([e["grad_norm"] for e in events(path, "step")], rel=1e-5)
 
 
+@pytest.mark.parametrize("floor", ["scaled", "shared"])
+def test_the_last_update_knows_the_rates_of_its_blocks(make_config, floor):
+    config = make_config(blockwise=FIXED | {"floor": floor})
+    path = train(config).path
+    model = AutoModelForCausalLM.from_pretrained(path / "checkpoints/step-00000012")
+    found = last_ratios(config, pieces(model), path / "checkpoints/step-00000012")
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    ffn = [found[name] for name in found if "mlp" in name]
+    assert ffn == pytest.approx([2.0 if floor == "scaled" else 1.0] * len(ffn))
+    assert last_ratios(make_config("plain"), pieces(model), path) == {}
+
+
+def test_a_diverged_run_names_the_highest_ratio(make_config):
+    section = {"ratios": "emb=1,qk=1,ffn=1,vo=1e9", "stretch_warmup": False}
+    with pytest.raises(NonFiniteError, match=r"halve train.lr .*the highest is vo = 1e\+09"):
+        train(make_config(blockwise=section))
+
+
 @pytest.mark.parametrize(
     ("section", "told"),
     [
@@ -210,6 +231,7 @@ def test_gradient_norms_of_types_add_up_to_that_of_all(make_config, monkeypatch)
         ({"ratios": "paper-gpt2"}, "pos, and the model has none"),
         ({"ratios": "paper", "power": 0.7}, "blockwise.power has no effect.*'auto'"),
         ({"floor": "scaled"}, "blockwise.floor has no effect.*Give ratios"),
+        ({"ratios": "auto", "stretch_warmup": False}, "stretch_warmup has no effect"),
         ({"ratios": "auto", "power": 2.0}, "power = 2"),
         ({"ratios": "auto", "cap": 0.5}, "cap = 0.5"),
         ({"ratios": "paper", "anchor": "mean"}, "'mean' does not exist"),

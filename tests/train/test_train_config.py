@@ -69,6 +69,7 @@ def test_the_corpus_does_not_depend_on_the_sequence_length():
         ({"train": {"warmup": 20.0, "steps": 10}}, "longer than the run of 10 steps"),
         ({"data": {"length": 0}}, "data.length = 0 is too small"),
         ({"data": {"val_fraction": 0.9}}, "data.val_fraction"),
+        ({"sharpness": {"every": 0, "draws": 3}}, "sharpness.draws has no effect"),
         ({"run": {"trackers": ["wandb"]}}, "run.trackers = 'wandb' does not exist"),
         ({"policy": {"recipe": "a", "file": "b"}}, "both given"),
         ({"policy": {"schedule": [{"until": 0.5}]}}, r"schedule\[0\] needs a recipe or a file"),
