@@ -141,11 +141,18 @@ class Runs:
 @contextmanager
 def open_runs() -> Iterator[Runs]:
     """Two processes that train, until the end of the block."""
+    with open_pool() as pool:
+        yield Runs(pool)
+
+
+@contextmanager
+def open_pool() -> Iterator[ProcessPoolExecutor]:
+    """Two processes, until the end of the block."""
     # fork would copy the thread pools of torch into a state in which they hang.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(WORKERS, mp_context=context)
     try:
-        yield Runs(pool)
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
