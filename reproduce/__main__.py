@@ -4,13 +4,20 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from reproduce import bit_reduction, roundoff, roundoff_models, stochastic_rounding
+from reproduce import (
+    bit_reduction,
+    blockwise_lr,
+    roundoff,
+    roundoff_models,
+    sharpness,
+    stochastic_rounding,
+)
 from reproduce.common import show
 from reproduce.results import Section, render
 from reproduce.runs import open_runs
 
 SCRIPTS = (stochastic_rounding, bit_reduction)  # a part of each trains in the pool
-MEASURED = (roundoff, roundoff_models)
+MEASURED = (roundoff, roundoff_models, sharpness, blockwise_lr)
 PAGE = Path(__file__).with_name("RESULTS.md")
 
 
