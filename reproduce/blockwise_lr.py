@@ -106,10 +106,9 @@ def claims() -> Iterator[Result]:
     """All claims; trains in two processes."""
     with open_pool() as pool:
         run = Courses(pool)
-        for style in STYLES:
-            for arm in (uniform(style), paper(style)):
-                run.start(arm.tuning(arm.grid))
         best = {style: _start(run, style) for style in STYLES}
+        for style in STYLES:
+            run.start(uniform(style).courses(best[style][0], LONG))
         plain = paper("gpt2", stretch=False)
         run.start(plain.tuning(plain.grid))
         extra = [*vo_alone(), *raised_norm(best["gpt2"][1])]
@@ -126,9 +125,10 @@ def claims() -> Iterator[Result]:
 
 def _start(run: Courses, style: str) -> tuple[float, float]:
     """The best base rates of the uniform and the paper arm, whose reporting runs are queued."""
+    for arm in (uniform(style), paper(style)):
+        run.start(arm.tuning(arm.grid))
     lrs = best_rate(run, uniform(style)), best_rate(run, paper(style))
     run.start(uniform(style).courses(lrs[0]) + paper(style).courses(lrs[1]))
-    run.start(uniform(style).courses(lrs[0], LONG))
     return lrs
 
 
