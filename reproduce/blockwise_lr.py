@@ -105,22 +105,24 @@ def extended(grid: list[float], best: int) -> list[float]:
 def claims() -> Iterator[Result]:
     """All claims; trains in two processes."""
     with open_pool() as pool:
-        run = Courses(pool)
-        best = {style: _start(run, style) for style in STYLES}
-        for style in STYLES:
-            run.start(uniform(style).courses(best[style][0], LONG))
-        plain = paper("gpt2", stretch=False)
-        run.start(plain.tuning(plain.grid))
-        extra = [*vo_alone(), *raised_norm(best["gpt2"][1])]
-        run.start(extra)
-        found = measured(run, "gpt2")
-        run.start(found.tuning(found.grid))
-        for style in STYLES:
-            yield from _style_claims(run, style, *best[style])
-        yield _other(run, plain, best["gpt2"][0])
-        yield _other(run, found, best["gpt2"][0])
-        yield _norm_claim(run, best["gpt2"][1])
-        yield _vo_claim(run)
+        yield from decide(Courses(pool))
+
+
+def decide(run: Courses) -> Iterator[Result]:
+    """All claims, from the courses of `run`."""
+    best = {style: _start(run, style) for style in STYLES}
+    for style in STYLES:
+        run.start(uniform(style).courses(best[style][0], LONG))
+    plain, found = paper("gpt2", stretch=False), measured(run, "gpt2")
+    for arm in (plain, found):
+        run.start(arm.tuning(arm.grid))
+    run.start([*vo_alone(), *raised_norm(best["gpt2"][1])])
+    for style in STYLES:
+        yield from _style_claims(run, style, *best[style])
+    for arm in (plain, found):
+        yield _other(run, arm, best["gpt2"][0])
+    yield _norm_claim(run, best["gpt2"][1])
+    yield _vo_claim(run)
 
 
 def _start(run: Courses, style: str) -> tuple[float, float]:
@@ -273,7 +275,8 @@ def _vo_claim(run: Courses) -> Result:
     return Result(
         "One block raised alone can ruin a run: VO × 4, all else uniform (gate +0.1 nats)",
         "derived",
-        f"difference to uniform at the same base rate {VO_BASE:g}: {gap} nats ({gap.n} seeds)",
+        f"difference to uniform at the same base rate {VO_BASE:g}: {gap} nats ({gap.n} seeds). "
+        f"All claims together: {run.cost()}",
         judge(gap, above=0.1),
     )
 

@@ -114,10 +114,10 @@ class Courses:
         found = self(courses)
         return [o.loss if at is None else o.losses[at] for o in found]
 
-    @property
-    def seconds(self) -> float:
-        """CPU time of all finished courses, whenever they were trained."""
-        return sum(f.result().seconds for f in self._futures.values() if f.done())
+    def cost(self) -> str:
+        """What all finished courses took, whenever they were trained."""
+        seconds = [f.result().seconds for f in self._futures.values() if f.done()]
+        return f"{len(seconds)} runs, {sum(seconds) / 60:.0f} minutes of CPU time"
 
     def _report(self, course: Course, future: Future[Outcome]) -> None:
         self._finished += 1

@@ -49,22 +49,24 @@ Found = dict[int, Measured]  # by step, of one seed
 def claims() -> Iterator[Result]:
     """All claims; trains in two processes."""
     with open_pool() as pool:
-        run = Courses(pool)
-        long = [long_run(seed) for seed in SEEDS]
-        short = [
-            short_run(seed, vocab) for vocab in VOCABULARIES if vocab != 2048 for seed in SEEDS
-        ]
-        run.start(long + short)
-        seeds = [outcome.measured for outcome in run(long)]
-        yield _late_claim(seeds)
-        yield _attention_claim(seeds)
-        yield _flattest_claim(seeds)
-        yield _early_claim(seeds)
-        yield _emergence_claim(seeds)
-        yield _persistence_claim(seeds)
-        yield _growth_claim(seeds)
-        yield _vocabulary_claim(run, seeds)
-        yield _spread_claim(seeds)
+        yield from decide(Courses(pool))
+
+
+def decide(run: Courses) -> Iterator[Result]:
+    """All claims, from the courses of `run`."""
+    long = [long_run(seed) for seed in SEEDS]
+    others = [vocab for vocab in VOCABULARIES if vocab != 2048]
+    run.start(long + [short_run(seed, vocab) for vocab in others for seed in SEEDS])
+    seeds = [outcome.measured for outcome in run(long)]
+    yield _late_claim(seeds)
+    yield _attention_claim(seeds)
+    yield _flattest_claim(seeds)
+    yield _early_claim(seeds)
+    yield _emergence_claim(seeds)
+    yield _persistence_claim(seeds)
+    yield _growth_claim(seeds)
+    yield _vocabulary_claim(run, seeds)
+    yield _spread_claim(seeds)
     yield _published_claim()
     yield _power_claim(seeds)
 
@@ -213,7 +215,8 @@ def _vocabulary_claim(run: Courses, seeds: Sequence[Found]) -> Result:
         f"S(emb) goes as 1 / vocabulary at step {EARLY}: its trace does not depend on it (slope of "
         "the logarithms −1, gate −1.15 to −0.85)",
         "derived",
-        f"slope {slopes} ({slopes.n} seeds); trace by vocabulary {', '.join(traces)}",
+        f"slope {slopes} ({slopes.n} seeds); trace by vocabulary {', '.join(traces)}. "
+        f"All claims together: {run.cost()}",
         judge(slopes, above=-1.15, below=-0.85),
     )
 

@@ -1,6 +1,7 @@
 """Sharpness and blockwise learning rates in reproduce/: the models, the courses, the pure parts."""
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,72 @@ def test_course_trains_measures_and_is_kept(tmp_path, monkeypatch):
     assert first.measured[0].sharpness != first.measured[12].sharpness
     monkeypatch.setattr(courses, "train", None)
     assert courses.outcome(course) == first
+
+
+class MadeUp(courses.Courses):
+    """Courses whose outcomes are known without training."""
+
+    def __init__(self, outcome: Callable[[courses.Course], courses.Outcome]) -> None:
+        self._outcome, self._futures = outcome, {}
+
+    def start(self, courses: Sequence[courses.Course]) -> None:
+        pass
+
+    def __call__(self, courses: Sequence[courses.Course]) -> list[courses.Outcome]:
+        return [self._outcome(course) for course in courses]
+
+
+def as_published(course: courses.Course) -> courses.Outcome:
+    """Losses and curves as the paper shows them; the best rates are those in the middle."""
+    tuned = course.lr in (3e-3, 1e-3, 1.5e-3)
+    level = {"uniform": 3.0, "paper": 2.94, "paper, norm 6": 2.941, "vo alone": 3.4}
+    end = level.get(course.label, 2.95) + (0 if tuned else 0.1) + 0.001 * course.seed**2
+    if course.steps == blockwise_lr.LONG:
+        end -= 0.061
+    points = sorted({*course.evaluated, course.last})
+    early = 0.4 if course.label == "uniform" else 0.7
+    losses = {step: end + early * (1 - step / course.last) for step in points}
+    ratios = "emb=5,pos=10,qk=3,ffn=3,vo=1,norm=1"
+    found = courses.Measured({}, {}, ratios)
+    return courses.Outcome(losses, {step: found for step, _ in course.measured}, 1.0)
+
+
+def test_published_losses_would_be_reproduced():
+    results = list(blockwise_lr.decide(MadeUp(as_published)))
+    refuted = [r.claim for r in results if r.verdict != REPRODUCED]
+    assert not [claim for claim in refuted if "nearly 2×" not in claim]
+    assert len(results) == 12
+
+
+def alike(course: courses.Course) -> courses.Outcome:
+    """Every arm ends alike, and blockwise rates a little worse."""
+    made = as_published(course)
+    worse = 0.0 if course.label == "uniform" else 0.02
+    curve = {step: 4 - step / 1000 + worse + 0.001 * course.seed for step in made.losses}
+    return courses.Outcome(curve, made.measured, 1.0)
+
+
+def test_equal_losses_would_not():
+    results = list(blockwise_lr.decide(MadeUp(alike)))
+    assert [r.claim[:12] for r in results if r.verdict == REPRODUCED] == ["Raising Norm"]
+    assert all(r.verdict == REFUTED for r in results if r.claim[:12] != "Raising Norm")
+
+
+def flat_then_sharp(course: courses.Course) -> courses.Outcome:
+    """The order of the paper from the first 2% on, apart from step 0; S(emb) as 1 / vocabulary."""
+    jitter = 1 + 0.01 * course.seed
+
+    def at(step: int) -> courses.Measured:
+        grown = 1.0 + step / 100
+        norm = 0.5 if step == 0 else 30.0 * grown if step > sharpness.EARLY else 3.0
+        values = {"qk": 1.0, "ffn": 2.0, "vo": 4.0, "norm": norm, "emb": 200.0 / course.vocab}
+        return found(**{kind: jitter * value for kind, value in values.items()})
+
+    return courses.Outcome({}, {step: at(step) for step, _ in course.measured}, 1.0)
+
+
+def test_published_sharpness_would_be_reproduced():
+    verdicts = {r.claim: r.verdict for r in sharpness.decide(MadeUp(flat_then_sharp))}
+    assert len(verdicts) == 11
+    failed = [claim for claim, verdict in verdicts.items() if verdict != REPRODUCED]
+    assert all("2% of training" in claim or "closest p" in claim for claim in failed), failed
