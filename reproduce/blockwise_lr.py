@@ -1,7 +1,7 @@
 """Blockwise learning rates: what the published ratios win over a uniform rate tuned as carefully.
 
 Set-up. The two decoders of reproduce/models.py on the Python standard library, vocabulary 2048, 600
-steps of 1024 tokens: AdamW (0.9, 0.95), decay 0.1 on everything, norm clipped to 1, warm-up of 50
+steps of 512 tokens: AdamW (0.9, 0.95), decay 0.1 on everything, norm clipped to 1, warm-up of 50
 steps, cosine to a twentieth of the base rate. The published ratios are emb, pos and head 10, qk 8,
 ffn 6, vo 4, norm 1, with the official schedule: a block's warm-up is as much longer as its rate is
 higher, and all blocks end at one rate. Every arm has its own best base rate, from three a factor of
@@ -24,9 +24,10 @@ from reproduce.runs import open_pool
 PAPER = "arXiv:2502.19002"
 STEPS, LONG = 600, 1200
 HALF = STEPS // 2
-CURVE = (HALF, 450, 500, 550)  # where runs of STEPS are evaluated besides the end
+CURVE = (HALF, 500, 550)  # where runs of STEPS are evaluated besides the end
 LONG_CURVE = (700, 800, 900, 1000, 1100)
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
+ROWS = 8  # of 64 tokens, in a step
 GRID = 5  # base rates at most
 PILOT_STEP, PILOT_DRAWS = 400, 64
 TITLES = {"gpt2": "GPT-2 style", "llama": "Llama style"}
@@ -49,7 +50,7 @@ class Arm:
         pilot = self.name == "uniform" and seed == TUNING_SEED and lr == self.grid[1]
         return Course(
             self.name, seed, steps, lr, self.style, ratios=self.ratios, stretch=self.stretch,
-            evaluated=CURVE if steps == STEPS else LONG_CURVE,
+            rows=ROWS, evaluated=CURVE if steps == STEPS else LONG_CURVE,
             measured=((PILOT_STEP, PILOT_DRAWS),) if pilot else (),
         )  # fmt: skip
 
@@ -62,19 +63,19 @@ class Arm:
 
 
 def uniform(style: str) -> Arm:
-    return Arm("uniform", style, "uniform", (1.5e-3, 3e-3, 6e-3))
+    return Arm("uniform", style, "uniform", (2e-3, 4e-3, 8e-3))
 
 
 def paper(style: str, *, stretch: bool = True) -> Arm:
     name = "paper" if stretch else "paper, plain warm-up"
-    return Arm(name, style, "paper", (5e-4, 1e-3, 2e-3), stretch)
+    return Arm(name, style, "paper", (7.5e-4, 1.5e-3, 3e-3), stretch)
 
 
 def measured(run: Courses, style: str) -> Arm:
     """Ratios by the library's rule from the sharpness of a uniform run of the tuning seed."""
     arm = uniform(style)
     (pilot,) = run([arm.course(arm.grid[1], TUNING_SEED)])
-    return Arm("measured", style, pilot.measured[PILOT_STEP].ratios, (7.5e-4, 1.5e-3, 3e-3))
+    return Arm("measured", style, pilot.measured[PILOT_STEP].ratios, (1e-3, 2e-3, 4e-3))
 
 
 def tune(run: Courses, arm: Arm) -> dict[float, float]:

@@ -25,15 +25,12 @@ from halfulp.sharpness.measure import sharpness
 from halfulp.sharpness.ratios import measured as ratios
 from reproduce.models import LENGTH, build
 
-ROWS = 16
-TOKENS = ROWS * LENGTH  # of one step
+ROWS = 16  # of an evaluated or measured batch, and of a step unless told
 WARMUP = 50
 FLOOR = 1 / 20  # of the base rate, the same for all blocks
 EVALUATION = 40  # held-out batches
 BYTES = 257  # vocabulary without BPE: bytes and the end of a document
 VERSION = 1  # raise it when what a run computes changes: kept outcomes are then trained again
-
-_SHAPE = {"rows": ROWS, "length": LENGTH}
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ class Course:
     vocab: int = 2048
     ratios: str = "uniform"
     stretch: bool = True
+    rows: int = ROWS
     until: int | None = None
     evaluated: tuple[int, ...] = ()
     measured: tuple[tuple[int, int], ...] = ()
@@ -167,9 +165,8 @@ def train(course: Course) -> dict[str, Any]:
         if step in course.evaluated or step == course.last:
             losses[str(step)] = held_out(model, data) if finite else math.inf
         if step < course.last and finite:
-            finite = train_step(
-                model, optimizer, data.batch("train", step, seed=course.seed, **_SHAPE)
-            )
+            batch = _batch(data, "train", step, seed=course.seed, rows=course.rows)
+            finite = train_step(model, optimizer, batch)
             schedule.step()
     return {"losses": losses, "measured": measured, "seconds": time.process_time() - before}
 
@@ -194,13 +191,13 @@ def next_token_loss(model: nn.Module, batch_BT: Tensor) -> Tensor:
 @torch.no_grad()
 def held_out(model: nn.Module, data: Data) -> float:
     """Mean loss on the same held-out windows for every course; their files are not trained on."""
-    batches = (data.batch("val", i, seed=0, **_SHAPE) for i in range(EVALUATION))
+    batches = (_batch(data, "val", i, seed=0) for i in range(EVALUATION))
     return sum(next_token_loss(model, batch).item() for batch in batches) / EVALUATION
 
 
 def measure(model: nn.Module, data: Data, draws: int) -> Measured:
     """By Gauss-Newton-Bartlett, one draw on each of `draws` training batches."""
-    batches = [data.batch("train", i, seed=1234, **_SHAPE)[:, :LENGTH] for i in range(draws)]
+    batches = [_batch(data, "train", i, seed=1234)[:, :LENGTH] for i in range(draws)]
     report = sharpness(model, batches, estimator="gnb", draws=draws)
     rows = report.by_type
     return Measured(
@@ -208,6 +205,10 @@ def measure(model: nn.Module, data: Data, draws: int) -> Measured:
         {kind: row.rel_se for kind, row in rows.items()},
         ",".join(f"{kind}={ratio:.4g}" for kind, ratio in ratios(report).by_type.items()),
     )
+
+
+def _batch(data: Data, split: str, index: int, *, seed: int, rows: int = ROWS) -> Tensor:
+    return data.batch(split, index, rows=rows, length=LENGTH, seed=seed)
 
 
 @lru_cache(maxsize=1)
