@@ -1,5 +1,6 @@
 """Sharpness and blockwise learning rates in reproduce/: the models, the courses, the pure parts."""
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,11 +78,23 @@ def test_speed_up_counts_steps():
     assert blockwise_lr.steps_to(curve, 1.0) == 600
 
 
-def test_grid_goes_on_at_its_edge_until_it_is_full():
-    assert blockwise_lr.extended([1.0, 2.0, 4.0], 1) == [1.0, 2.0, 4.0]
-    assert blockwise_lr.extended([1.0, 2.0, 4.0], 0) == [0.5, 1.0, 2.0, 4.0]
-    assert blockwise_lr.extended([1.0, 2.0, 4.0], 2) == [1.0, 2.0, 4.0, 8.0]
-    assert blockwise_lr.extended([1.0, 2.0, 4.0, 8.0, 16.0], 4) == [1.0, 2.0, 4.0, 8.0, 16.0]
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (4.0, [2.0, 2.83, 4.0, 5.66, 8.0]),  # √2 around the best
+        (0.9, [0.5, 0.707, 1.0, 1.41, 2.0, 4.0, 8.0]),
+        (100.0, [2.0, 4.0, 8.0, 16.0, 22.6, 32.0, 45.3]),  # beyond the longest grid
+    ],
+)
+def test_every_grid_goes_on_at_its_edge_and_then_between(best, tried):
+    def outcome(course: courses.Course) -> courses.Outcome:
+        return courses.Outcome({600: abs(math.log(course.lr / best))}, {}, 1.0)
+
+    arm = blockwise_lr.Arm("uniform", "gpt2", "uniform", (2.0, 4.0, 8.0))
+    found = blockwise_lr.tune(MadeUp(outcome), arm)
+    assert list(found) == tried
+    rate = blockwise_lr.best_rate(MadeUp(outcome), arm)
+    assert rate == min(tried, key=lambda lr: abs(math.log(lr / best)))
 
 
 def test_course_trains_measures_and_is_kept(tmp_path, monkeypatch):
