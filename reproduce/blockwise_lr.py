@@ -174,7 +174,8 @@ def _speed_claims(
         "ratios (gate: speed-up above 1)",
         PAPER,
         f"speed-up {speed.text('.2f')}, log steps interpolated between the final losses of uniform "
-        f"runs of {STEPS} and {LONG} steps ({_level(run, longer)}), each with its whole schedule; "
+        f"runs of {STEPS} and {LONG} steps ({_level(run, longer)}), each with its whole schedule "
+        "and the rate that is best for the short ones; "
         f"the run with the paper's ratios reaches the uniform final loss {own.text('.2f')} times "
         f"as early ({speed.n} seeds)",
         judge(speed, above=1.0),
@@ -187,8 +188,8 @@ def _speed_claims(
         f"{TITLES[style]}: nearly 2×, counted as published: steps until a uniform run twice as "
         "long reaches that loss, over the steps of the short run (gate 1.8)",
         PAPER,
-        f"{published.text('.2f')}; but by this count the short uniform run is faster than itself, "
-        f"{control.text('.2f')}, because the long one has not lowered its rate yet "
+        f"{published.text('.2f')}, of 2 at most. By this count the short uniform run itself has "
+        f"{control.text('.2f')}: it has lowered its rate and the long one has not "
         f"({published.n} seeds)",
         judge(published, above=1.8),
     )
