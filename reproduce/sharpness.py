@@ -191,7 +191,8 @@ def _growth_claim(seeds: Sequence[Found]) -> Result:
         parts.append(f"norm/{flat} ×{ratio_text(growth)}")
         verdicts.append(judge(growth, above=0.0))
     return Result(
-        f"The gaps to the norms are made late: they grow from step {SETTLED} to the end (gate: above ×1)",
+        f"The gaps to the norms are made late: they grow from step {SETTLED} to the end (gate: above "
+        "×1)",
         f"{FIGURE}: 4 to 15 times from 2% to 40% of training",
         f"{', '.join(parts)} ({len(seeds)} seeds)",
         together(*verdicts),
@@ -229,8 +230,8 @@ def _spread_claim(seeds: Sequence[Found]) -> Result:
     pooled = pooled_variation(list(spread.values()))
     parts = (f"{k} {spread[k]:.1%} ({noise[k]:.1%})" for k in TYPES)
     return Result(
-        f"Seeds differ little at step {SETTLED}: coefficient of variation, root mean square over the "
-        "types, at most 8%",
+        f"Seeds differ little at step {SETTLED}: coefficient of variation, root mean square over "
+        "the types, at most 8%",
         "derived",
         f"{pooled.text('.1%')}, the types taken as independent; by type, "
         f"with the relative error of one measurement: {', '.join(parts)} ({len(seeds)} seeds)",
