@@ -191,8 +191,8 @@ def _growth_claim(seeds: Sequence[Found]) -> Result:
         parts.append(f"norm/{flat} ×{ratio_text(growth)}")
         verdicts.append(judge(growth, above=0.0))
     return Result(
-        f"The gaps to the norms are made late: they grow from step {SETTLED} to the end (gate: above "
-        "×1)",
+        f"The gaps to the norms are made late: they grow from step {SETTLED} to the end "
+        "(gate: above ×1)",
         f"{FIGURE}: 4 to 15 times from 2% to 40% of training",
         f"{', '.join(parts)} ({len(seeds)} seeds)",
         together(*verdicts),
