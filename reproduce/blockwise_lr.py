@@ -117,6 +117,8 @@ def decide(run: Courses) -> Iterator[Result]:
     for arm in (plain, found):
         run.start(arm.tuning(arm.grid))
     run.start([*vo_alone(), *raised_norm(best["gpt2"][1])])
+    for arm in (plain, found):
+        run.start(arm.courses(best_rate(run, arm)))
     for style in STYLES:
         yield from _style_claims(run, style, *best[style])
     for arm in (plain, found):
