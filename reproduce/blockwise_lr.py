@@ -190,8 +190,8 @@ def _speed_claims(
         f"{TITLES[style]}: nearly 2×, counted as published: steps until a uniform run twice as "
         "long reaches that loss, over the steps of the short run (gate 1.8)",
         PAPER,
-        f"{published.text('.2f')}, of 2 at most; by this count the short uniform run itself, whose "
-        f"rate has come down sooner, has {control.text('.2f')} ({published.n} seeds)",
+        f"{published.text('.2f')}, of 2 at most; by this count the short uniform run itself has "
+        f"{control.text('.2f')} ({published.n} seeds)",
         judge(published, above=1.8),
     )
 
