@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from reproduce.common import REFUTED, REPRODUCED, UNKNOWN, Result
+from reproduce.courses import Courses
 
 _INTRODUCTION = (
     "Written by `python -m reproduce`; `python -m reproduce NAME …` measures the named scripts "
@@ -67,7 +68,13 @@ def machine() -> str:
 def _origin(section: Section) -> str:
     minutes = sum(seconds for _, seconds in section.rows) / 60
     today = datetime.date.today().isoformat()
-    return f"Measured on {today} in {minutes:.1f} minutes: {machine()}."
+    kept = " Training runs kept from before are not in the time." if _keeps_runs(section) else ""
+    return f"Measured on {today} in {minutes:.1f} minutes: {machine()}.{kept}"
+
+
+def _keeps_runs(section: Section) -> bool:
+    """Whether the script takes training runs from the user's cache where they are there."""
+    return any(value is Courses for value in vars(section.script).values())
 
 
 def _tally(body: str) -> str:

@@ -167,7 +167,7 @@ def check(config: TrainConfig) -> None:
     """ConfigError for the first value that cannot be used."""
     _check_train(config.train)
     _check_policy(config)
-    _check_blockwise(config.blockwise)
+    _check_blockwise(config)
     _at_least("data.length", config.data.length, 1)
     _at_least("model.layers", config.model.layers, 0)
     _at_least("model.hidden", config.model.hidden, 0)
@@ -262,9 +262,10 @@ def _check_policy(config: TrainConfig) -> None:
         before = end
 
 
-def _check_blockwise(section: BlockwiseSection) -> None:
+def _check_blockwise(config: TrainConfig) -> None:
     from halfulp.sharpness.ratios import ANCHORS, check_written
 
+    section = config.blockwise
     _one_of("blockwise.floor", section.floor, FLOORS)
     _one_of("blockwise.anchor", section.anchor, ANCHORS)
     if not 0 < section.power <= 1 or not 1 <= section.cap < math.inf:
@@ -275,6 +276,11 @@ def _check_blockwise(section: BlockwiseSection) -> None:
     auto = section.ratios == "auto"
     if section.ratios and not auto:
         check_written(section.ratios)
+    if section.floor == "scaled" and config.train.schedule == "constant":
+        raise ConfigError(
+            "blockwise.floor = 'scaled' has no effect with train.schedule = 'constant', which has "
+            "no floor. Use cosine or wsd, or delete it."
+        )
     default = BlockwiseSection()
     idle = {"stretch_warmup"} if auto else {"power", "cap"}
     if not section.ratios:

@@ -70,6 +70,13 @@ def test_the_corpus_does_not_depend_on_the_sequence_length():
         ({"data": {"length": 0}}, "data.length = 0 is too small"),
         ({"data": {"val_fraction": 0.9}}, "data.val_fraction"),
         ({"sharpness": {"every": 0, "draws": 3}}, "sharpness.draws has no effect"),
+        (
+            {
+                "blockwise": {"ratios": "paper", "floor": "scaled"},
+                "train": {"schedule": "constant"},
+            },
+            "has no floor",
+        ),
         ({"run": {"trackers": ["wandb"]}}, "run.trackers = 'wandb' does not exist"),
         ({"policy": {"recipe": "a", "file": "b"}}, "both given"),
         ({"policy": {"schedule": [{"until": 0.5}]}}, r"schedule\[0\] needs a recipe or a file"),
