@@ -142,6 +142,8 @@ def open_blockwise(config: TrainConfig, parts: Sequence[Piece]) -> Blockwise | N
     else:
         chosen = resolve(section.ratios, types, anchor=section.anchor)
         _check_warmup(config, chosen)
+        if section.guard:
+            _refuse_vo_alone(chosen)
     guard = RateGuard(warmup_steps(config.train))
     full = dict.fromkeys(types, 1.0)
     return Blockwise(config, kinds, chosen, dict(chosen.by_type), full, guard)
@@ -152,6 +154,19 @@ def _check_auto(parts: Sequence[Piece]) -> None:
         raise ConfigError(
             "the model's fused projections have an unknown layout, so qk and vo cannot be measured "
             "apart. Use --lr-blocks paper, or ratios that name both."
+        )
+
+
+def _refuse_vo_alone(chosen: Ratios) -> None:
+    """No alarm would see it: such a run shows no runaway, it is simply worse."""
+    vo = chosen.by_type.get("vo", 1.0)
+    flatter = {k: chosen[k] for k in ("emb", "qk", "ffn") if k in chosen.by_type}
+    if flatter and vo > max(1.0, *flatter.values()):
+        most = max(1.0, *flatter.values())
+        raise ConfigError(
+            f"vo = {vo:g} is above the ratios of all flatter blocks, at most {most:g}: vo raised "
+            "alone is known to ruin runs (0.65 nats at 4 in reproduce/RESULTS.md). Raise emb, qk "
+            f"and ffn with it, give vo {most:g} or less, or set blockwise.guard=false."
         )
 
 

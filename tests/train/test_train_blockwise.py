@@ -217,7 +217,7 @@ def test_the_last_update_knows_the_rates_of_its_blocks(make_config, floor):
 
 
 def test_a_diverged_run_names_the_highest_ratio(make_config):
-    section = {"ratios": "emb=1,qk=1,ffn=1,vo=1e9", "stretch_warmup": False}
+    section = {"ratios": "emb=1,qk=1,ffn=1,vo=1e9", "stretch_warmup": False, "guard": False}
     with pytest.raises(NonFiniteError, match=r"halve train.lr .*the highest is vo = 1e\+09"):
         train(make_config(blockwise=section))
 
@@ -236,6 +236,7 @@ def test_a_diverged_run_names_the_highest_ratio(make_config):
         ({"ratios": "auto", "cap": 0.5}, "cap = 0.5"),
         ({"ratios": "paper", "anchor": "mean"}, "'mean' does not exist"),
         ({"ratios": "paper", "floor": "own"}, "'own' does not exist"),
+        ({"ratios": "emb=1,qk=1,ffn=1,vo=4", "stretch_warmup": False}, "ruin runs.*guard=false"),
         ({"ratios": "emb=20,qk=1,ffn=1,vo=1"}, "the warm-up of emb takes 20 steps"),
     ],
 )
