@@ -329,7 +329,7 @@ def test_bare_positions_cannot_be_rounded():
 def test_resolving_100_layers_is_fast():
     blocks = blocks_of("llama", 100)
     rules = [("layers.7.ffn.*", "bf16_amp"), ("layers.*.ffn", "mxfp8"), ("*", "nvfp4")]
-    start = time.perf_counter()
+    start = time.process_time()  # other load on the machine does not count
     resolution = policy(*rules).resolve(blocks)
-    assert time.perf_counter() - start < 0.2
+    assert time.process_time() - start < 0.2
     assert len(resolution.gemms) == 901

@@ -103,12 +103,11 @@ def test_the_last_position_of_each_sequence_is_the_one_of_the_paper():
 
 
 def test_sums_add_over_parts_and_long_lists_are_cut():
-    y, t = logits(30, 100_000, seed=5)
-    y = y.float()
+    y, t = logits(30, 100_000, seed=5)  # fp64: the order of fp32 sums depends on the threads
     whole = logits_state(y, t)
     parts = state_of(logits_sums(y[:7], t[:7]) + logits_sums(y[7:], t[7:]))
     assert whole.positions == parts.positions == 30
-    assert parts.sharpness == pytest.approx(whole.sharpness, rel=1e-9)
+    assert parts.sharpness == pytest.approx(whole.sharpness, rel=1e-12)
     assert math.isfinite(whole.sharpness)
 
 
