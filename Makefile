@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/halfulp demo
 
+# Two workers of one thread each: threads that wait for a core would spin.
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
