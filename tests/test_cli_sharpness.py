@@ -1,5 +1,6 @@
 """`halfulp sharpness` as it is typed: what it prints and writes, and what it refuses."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_tables_and_figures(capsys, monkeypatch, home):
 
 
 def test_formats_are_forecast_measured_and_priced(capsys, monkeypatch, home):
-    options = ("--formats", "e4m3,int4@1x32:current", "--html", "page.html")
+    options = ("--formats", "e4m3,int4@1x32:current", "--html", "page.html", "--json", "all.json")
     code, out, _ = run(capsys, monkeypatch, home, "whole", *QUICK, *options)
     assert code == 0
     rows = [
@@ -75,6 +76,11 @@ def test_formats_are_forecast_measured_and_priced(capsys, monkeypatch, home):
     page = (home / "page.html").read_text(encoding="utf-8")
     assert "int4@1x32:current" in page
     assert "KL by check" in page
+    figures = json.loads((home / "all.json").read_text(encoding="utf-8"))
+    assert {row["block"] for row in figures["rounding"]["rows"]} >= {"qk", "ffn", "all"}
+    assert all(row["kl"] > 0 for row in figures["kl_by_check"] if row["block"] in ("emb", "ffn"))
+    assert figures["lr_ratios"]["paper"]["vo"] == 4
+    assert SharpnessReport.load(home / "all.json").draws == 4
 
 
 def test_what_a_reader_must_know_of_few_texts_and_experts(capsys, monkeypatch, home):

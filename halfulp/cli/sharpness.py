@@ -1,10 +1,11 @@
 """`halfulp sharpness`: how sharp the loss is in each block, and what follows from it."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -94,12 +95,20 @@ def sharpness(
     if (run := Path(model)).joinpath("events.jsonl").is_file():
         _print_critical(run, loaded)
     rounding: list[dict[str, str]] = []
+    figures: dict[str, Any] = {"lr_ratios": ratios}
     if asked:
         found = forecast_of(loaded, asked, draws=draws, seed=seed, budget=limit, hints=hints)
         prices = prices_of(loaded, asked, seed=seed, hints=hints)
         print_forecast(found, prices, said=report.notes)
         rounding = cells(found, prices)
-    _write(report, ratios, rounding, html, json_)
+        figures["rounding"] = json.loads(found.to_json())
+        figures["kl_by_check"] = [
+            {"block": block, "format": word, "kl": kl} for (block, word), kl in prices.items()
+        ]
+    if json_ is not None:
+        _write_figures(report, figures, json_)
+    if html is not None:
+        _write_page(report, ratios, rounding, html)
 
 
 def _budget(formats: list[str], budget: float | None) -> float:
@@ -118,24 +127,26 @@ def _budget(formats: list[str], budget: float | None) -> float:
     return BUDGET_NATS if budget is None else budget
 
 
-def _write(
-    report: "SharpnessReport", ratios: Ratios, rounding: list[dict[str, str]],
-    html: Path | None, json_: Path | None,
-) -> None:  # fmt: skip
+def _write_figures(report: "SharpnessReport", figures: dict[str, Any], path: Path) -> None:
+    """What `SharpnessReport.load` reads, and beside it the figures of the command."""
+    text = json.dumps(json.loads(report.to_json()) | figures, indent=1)
     try:
-        if json_ is not None:
-            report.save(json_)
-            print(f"figures: {json_}")
+        path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be written: {error.strerror}.") from error
-    if html is not None:
-        from halfulp.report.sharpness_page import write_sharpness
+    print(f"figures: {path}")
 
-        path = write_sharpness(
-            report, html, name=report.model, ratios=ratios, rounding=rounding, force=True,
-            command=command_line(),
-        )  # fmt: skip
-        print(f"page: {path}")
+
+def _write_page(
+    report: "SharpnessReport", ratios: Ratios, rounding: list[dict[str, str]], path: Path
+) -> None:
+    from halfulp.report.sharpness_page import write_sharpness
+
+    written = write_sharpness(
+        report, path, name=report.model, ratios=ratios, rounding=rounding, force=True,
+        command=command_line(),
+    )  # fmt: skip
+    print(f"page: {written}")
 
 
 def _load(
