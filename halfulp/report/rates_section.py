@@ -17,8 +17,11 @@ def rates_section(records: Sequence[Record]) -> Markup | None:
     runs = [record for record in records if record.lr_ratios]
     if not runs:
         return None
-    cards = [tag("div", _changes(record), class_="card flush") for record in runs]
-    return join(tag("h2", "Learning rates per block"), tag("p", _LEAD, class_="lead"), *cards)
+    parts = [
+        join(tag("h3", record.label), tag("div", _changes(record), class_="card flush"))
+        for record in runs
+    ]
+    return join(tag("h2", "Learning rates per block"), tag("p", _LEAD, class_="lead"), *parts)
 
 
 def _changes(record: Record) -> Markup:
@@ -26,7 +29,7 @@ def _changes(record: Record) -> Markup:
     rows = [_row(event, types) for event in record.lr_ratios]
     numeric = frozenset(range(len(types) + 1))
     caption = f"Ratios of {record.label}"
-    return table(["step", *types, record.label], rows, numeric=numeric, caption=caption)
+    return table(["step", *types, "why"], rows, numeric=numeric, caption=caption)
 
 
 def _row(event: Mapping[str, Any], types: Sequence[str]) -> list[Child]:
