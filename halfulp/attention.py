@@ -56,6 +56,6 @@ def attention(
 
 def _product(module: nn.Module, name: str, x: Tensor, w: Tensor) -> Tensor:
     site: Site | None = getattr(module, f"halfulp_{name}", None)
-    if site is None or not site.clock.enabled:
+    if site is None or not site.active:
         return x @ w.mT
     return quantized_matmul(x, w, None, site, module.training)

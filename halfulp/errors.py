@@ -46,6 +46,10 @@ class RunError(HalfulpError):
     """A run directory that cannot be created, read or resumed."""
 
 
+class StoppedError(HalfulpError):
+    """A run that the guard has stopped, because nothing that it may do has helped."""
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import the optional `module`.
 

@@ -3,7 +3,7 @@
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,6 +218,15 @@ class Policy:
             norms={module: recipes[block].norm for module, block in blocks.norms.items()},
             rules=rules,
         )
+
+    def without_idle(self, blocks: BlockMap) -> "Policy":
+        """The same decisions for a model, without the rules that decide nothing of it."""
+        rules, origins = self._expand(blocks.layers)
+        matcher = _Matcher(rules)
+        decided = [matcher.gemm(gemm) for gemm in blocks.gemms]
+        decided += [matcher.first(block) for block in set(blocks.parameters.values())]
+        used = {origins[i] for i in decided if i is not None}
+        return replace(self, rules=tuple(r for i, r in enumerate(self.rules) if i in used))
 
     def _expand(self, layers: int) -> tuple[tuple[Rule, ...], list[int]]:
         """The rules with their keeps before them, and the index of the rule each comes from."""

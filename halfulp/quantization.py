@@ -1,7 +1,7 @@
 """Apply a policy to a model in place (linears, attention, tables, norms), and undo it."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         site = self.halfulp_site
-        if site is None or not site.clock.enabled:
+        if site is None or not site.active:
             return super().forward(x)  # pyright: ignore[reportCallIssue]
         # transformers' Conv1D stores [in, out]
         weight = self.weight if isinstance(self, nn.Linear) else self.weight.t()
@@ -100,11 +100,17 @@ class Quantized:
         self._hook = model.register_forward_pre_hook(self._before_forward)
 
     def switch(self, resolution: Resolution) -> None:
-        """Put `resolution` in force; histories and counters start anew, weights stay."""
+        """Put `resolution` in force; weights stay.
+
+        GEMMs that it rounds as before keep their histories and counters, others begin anew.
+        """
+        before = self.sites
         self._clear()
         self.resolution = resolution
         self.sites = {
-            gemm.name: Site(gemm.name, gemm.block, spec, self.seed, self.clock, self.carrier)
+            gemm.name: before[gemm.name]
+            if gemm.name in before and before[gemm.name].spec == spec
+            else Site(gemm.name, gemm.block, spec, self.seed, self.clock, self.carrier)
             for gemm, _, spec, _ in resolution.gemms
             if not all(q.is_identity for name, q in vars(spec).items() if isinstance(q, Quantizer))
             or any(getattr(spec, f"{g}_accumulate") != "fp32" for g in ("fprop", "dgrad", "wgrad"))
@@ -196,6 +202,38 @@ class Quantized:
             yield
         finally:
             self.clock.enabled = before
+
+    @contextmanager
+    def off_in(self, blocks: Collection[str]) -> Iterator[None]:
+        """Inside, the GEMMs, tables and norms of `blocks` compute as if never quantized."""
+        muted = [site for site in self.sites.values() if site.block in blocks]
+        tables = self._tables(blocks)
+        for site in muted:
+            site.enabled = False
+        for module, _ in tables:
+            vars(module)["halfulp_quantizer"] = None
+        try:
+            yield
+        finally:
+            for site in muted:
+                site.enabled = True
+            for module, quantizer in tables:
+                vars(module)["halfulp_quantizer"] = quantizer
+
+    def _tables(self, blocks: Collection[str]) -> list[tuple[nn.Module, Quantizer]]:
+        """Quantized embeddings and norms whose parameters belong to `blocks`."""
+        prefixes = {n.rpartition(".")[0] for n, b in self.resolution.blocks.items() if b in blocks}
+        found = [(n, m) for n, m in self.model.named_modules() if isinstance(m, QuantizedTable)]
+        return [
+            (module, module.halfulp_quantizer)
+            for name, module in found
+            if name in prefixes and module.halfulp_quantizer is not None
+        ]
+
+    def forget_seen(self) -> None:
+        """Drop what the delayed scales have seen in this step: it did not happen."""
+        for history, _ in histories(self.sites).values():
+            history.seen = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The delayed-scale histories, fp32 [H] by "gemm/operand"."""

@@ -95,6 +95,7 @@ class Site:
     seed: int
     clock: Clock
     carrier: str = "fp32"
+    enabled: bool = True  # this site alone; the clock's switch is that of all
     histories: dict[str, History] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(
@@ -113,6 +114,11 @@ class Site:
         self.shared = {operand: self._shares(operand) for operand in _OTHER}
         self.stochastic = any(q.stochastic for q in self.quantizers.values())
         self._choose_paths()
+
+    @property
+    def active(self) -> bool:
+        """Whether a forward pass is to be quantized."""
+        return self.enabled and self.clock.enabled
 
     def _choose_paths(self) -> None:
         """What every call would find out again, between GEMMs that empty the caches."""

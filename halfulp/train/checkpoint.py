@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent: safetensors and JSON, written aside and renamed.
 
 `step-00001000/` holds a loadable Hugging Face directory (config.json, model.safetensors), the
-optimizer, the quantizers and state.json, which lists every file with its size and sha256.
+optimizer, the quantizers, the guard's snapshots and state.json, which lists every file with its
+size and sha256.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from halfulp.errors import RunError
 
-PARTS = ("model", "optimizer", "quantizers")
+PARTS = ("model", "optimizer", "quantizers", "snapshots")
 _PREFIX = "step-"
 
 
@@ -28,7 +29,7 @@ class Checkpoint:
 
     step: int
     state: dict[str, Any]  # JSON: data position, loss scale, digests
-    tensors: Mapping[str, Mapping[str, Tensor]]  # by part: "model", "optimizer", "quantizers"
+    tensors: Mapping[str, Mapping[str, Tensor]]  # by part: PARTS
     model_config: str = "{}"  # config.json of transformers
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from halfulp.data import DataConfig
 from halfulp.errors import ConfigError
+from halfulp.guard.ladder import RUNGS
 from halfulp.train import tree
 from halfulp.train.presets import PRESETS
 
@@ -72,6 +73,7 @@ class TrainSection:
     parallel: str = "ddp"  # how the processes of torchrun share the work
     device: str = "auto"
     threads: int = 0  # 0 = torch's choice
+    skip: tuple[int, ...] = ()  # batches, counted from 0, that are never trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,24 @@ class BlockwiseSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardSection:
+    """What keeps the run alive: halfulp/guard. Without an incident the run is the same without it.
+
+    Budgets are shares of `train.steps`, but for the number of rollbacks.
+    """
+
+    on: bool = True
+    ladder: tuple[str, ...] = RUNGS  # recipes, from the lowest up, that a block climbs
+    snapshot_every: int = 50  # steps
+    snapshots: int = 4  # newest ones in memory, beside up to three older
+    save_snapshots: bool = True  # in checkpoints, so that a resumed run can go back as far
+    rollbacks: int = 8  # within 10 000 steps
+    wasted: float = 0.05  # steps withheld or rolled back; the first rollback is free
+    raised: float = 0.3  # of the blocks; above it the whole model falls back to bf16_amp
+    attribution: float = 0.02  # passes that look for the culprit
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSection:
     """Where the run is written."""
 
@@ -137,6 +157,7 @@ class TrainConfig:
     policy: PolicySection = field(default_factory=PolicySection)
     sharpness: SharpnessSection = field(default_factory=SharpnessSection)
     blockwise: BlockwiseSection = field(default_factory=BlockwiseSection)
+    guard: GuardSection = field(default_factory=GuardSection)
     run: RunSection = field(default_factory=RunSection)
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,6 +189,7 @@ def check(config: TrainConfig) -> None:
     _check_train(config.train)
     _check_policy(config)
     _check_blockwise(config)
+    _check_guard(config.guard)
     _at_least("data.length", config.data.length, 1)
     _at_least("model.layers", config.model.layers, 0)
     _at_least("model.hidden", config.model.hidden, 0)
@@ -291,6 +313,21 @@ def _check_blockwise(config: TrainConfig) -> None:
             raise ConfigError(
                 f"blockwise.{name} has no effect with blockwise.ratios = {section.ratios!r}. "
                 f"Give {wanted}, or delete it."
+            )
+
+
+def _check_guard(guard: GuardSection) -> None:
+    default = GuardSection()
+    for name in ("snapshot_every", "snapshots", "rollbacks"):
+        _at_least(f"guard.{name}", getattr(guard, name), 1)
+    for name in ("wasted", "raised", "attribution"):
+        _between(f"guard.{name}", getattr(guard, name), math.ulp(0.0), 1.0)
+    for field_ in dataclasses.fields(guard):
+        name, value = field_.name, getattr(guard, field_.name)
+        if not guard.on and name != "on" and value != getattr(default, name):
+            raise ConfigError(
+                f"guard.{name} has no effect with guard.on = false. Switch the guard on, or "
+                "delete it."
             )
 
 

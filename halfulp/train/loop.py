@@ -3,18 +3,22 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from halfulp.errors import NonFiniteError, RunError
+from halfulp.errors import NonFiniteError, RunError, StoppedError
+from halfulp.guard.faults import Fault
+from halfulp.guard.keeper import BACK, STOP
 from halfulp.run import Run
 from halfulp.train import checkpoint
 from halfulp.train.adapt import adapt, begin, facts_of
 from halfulp.train.config import TrainConfig, check, load_config
 from halfulp.train.counters import added, counts
 from halfulp.train.evaluate import evaluate
+from halfulp.train.guard import stopped
 from halfulp.train.open import Start, open_session
 from halfulp.train.parallel import open_world
 from halfulp.train.precision import name_of
@@ -27,7 +31,7 @@ from halfulp.train.step import Outcome, run_step
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended; `reason` is "finished", "interrupted" or "nonfinite"."""
+    """How a run ended; `reason` is "finished", "interrupted", "nonfinite" or "stopped"."""
 
     path: Path
     reason: str
@@ -47,15 +51,18 @@ def train(
     force: bool = False,
     command: tuple[str, ...] | None = None,
     on_event: OnEvent | None = None,
+    faults: Sequence[Fault] = (),
 ) -> Summary:
     """Train as `config` says in its run directory, or go on with the run at `resume`.
 
     Continues from the newest checkpoint, or from that of `from_step` (0 starts over). `on_event`
-    receives every event on process 0, as a dict. Under torchrun the processes share the work.
+    receives every event on process 0, as a dict; `faults` are injected, for drills. Under torchrun
+    the processes share the work.
 
     Raises ConfigError, DataError, PolicyError and RunError before the first step, NonFiniteError
-    when the loss or a gradient stops being finite: nothing non-finite reaches a parameter or a
-    checkpoint. A run that has finished before is left as it is.
+    when the loss or a gradient stops being finite without a guard, and StoppedError when the guard
+    can do no more: nothing non-finite reaches a parameter or a checkpoint. A run that has finished
+    before is left as it is.
     """
     check(config)
     start = Start(resume, from_step, force, tuple(sys.argv) if command is None else command)
@@ -64,7 +71,10 @@ def train(
             _check_same(resume, config)
             if from_step is None and (done := _finished(resume)):
                 return done
-        with Interrupt() as interrupt, open_session(config, world, start, on_event) as session:
+        with (
+            Interrupt() as interrupt,
+            open_session(config, world, start, on_event, faults) as session,
+        ):
             return _run(session, interrupt)
 
 
@@ -78,6 +88,8 @@ def _run(s: Session, interrupt: Interrupt) -> Summary:
     stop = False
     try:
         begin(s)
+        if s.guard is not None:
+            s.guard.begin()
         while s.step < steps and not stop:
             _announce_stage(s)
             stop = _one_step(s, interrupt)
@@ -85,8 +97,8 @@ def _run(s: Session, interrupt: Interrupt) -> Summary:
         if finished and s.evaluation.get("step") != steps:
             _evaluate(s)
         _checkpoint(s)
-    except NonFiniteError:
-        _end(s, "nonfinite")
+    except (NonFiniteError, StoppedError) as error:
+        _end(s, "stopped" if isinstance(error, StoppedError) else "nonfinite")
         raise
     return _end(s, "finished" if finished else "interrupted")
 
@@ -102,22 +114,46 @@ def _one_step(s: Session, interrupt: Interrupt) -> bool:
         outcome = run_step(s, interrupted=interrupt.asked)
     s.precision.handle.count(False)
     seconds = time.perf_counter() - before
+    if outcome.trigger is not None:
+        return _held(s, outcome)
     s.step += 1
+    s.cursor.advance()
     s.seconds += seconds
     s.tokens += s.micro_batches * train.rows * s.config.data.length
     if s.first_loss_nats is None:
         s.first_loss_nats = outcome.loss_nats
     _report_step(s, outcome, seconds)
     adapt(s, outcome)
-    if counting:
-        _report_counters(s)
+    rows = _report_counters(s) if counting else ([], [])
+    if s.guard is not None and not outcome.skipped:
+        s.guard.accept(outcome.seen)
+        s.guard.check(*rows)
     if _due(s.step, s.config.sharpness.every):
         measured = measure(s, draws=s.config.sharpness.draws, key=MONITOR)
         s.emit("sharpness", step=s.step, **fields_of(measured))
     if _due(s.step, train.eval_every):
         _evaluate(s)
+    if s.guard is not None:
+        s.guard.keep()
     if _due(s.step, train.checkpoint_every) and s.step < train.steps:
         _checkpoint(s)
+    return outcome.interrupted
+
+
+def _held(s: Session, outcome: Outcome) -> bool:
+    """The guard has held the step: let it act; True when the run is asked to stop."""
+    assert s.guard is not None
+    assert outcome.trigger is not None
+    s.precision.handle.counters()  # those of a step that was not made are forgotten
+    incident = s.guard.respond(outcome.trigger, outcome.seen)
+    if incident.action == BACK:
+        s.saved = None  # the checkpoint of this step, if there is one, is of another course
+        if s.step:
+            _checkpoint(s)
+        folder, step = s.run.path / "checkpoints", s.step
+        s.world.from_main(lambda: checkpoint.drop_after(folder, step))
+    if incident.action == STOP:
+        raise StoppedError(stopped(s, incident))
     return outcome.interrupted
 
 
@@ -144,18 +180,23 @@ def _report_step(s: Session, outcome: Outcome, seconds: float) -> None:
         s.emit("loss_scale", step=s.step, scale=scale, skipped=outcome.skipped)
 
 
-def _report_counters(s: Session) -> None:
+def _report_counters(s: Session) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write the counters of the step; they are (of GEMM operands, of the optimizer)."""
     gemms = [counts(row) for row in s.precision.handle.counters()]
     optimizer = [counts(row) for row in s.precision.optimizer.counters()]
     gemms = added(s.world.gather(gemms))
     if s.world.mode == "fsdp2":  # otherwise every process has updated the whole parameter
         optimizer = added(s.world.gather(optimizer))
     s.emit("counters", step=s.step, gemms=gemms, optimizer=optimizer)
+    return gemms, optimizer
 
 
 def _announce_stage(s: Session) -> None:
     # The event belongs to the step it precedes, so that a resume writes it anew.
-    if (s.precision.enter(s.step) or s.step == s.precision.starts_at) and s.config.policy.schedule:
+    entered = s.precision.enter(s.step)
+    if entered and s.guard is not None:
+        s.guard.enter_stage()
+    if (entered or s.step == s.precision.starts_at) and s.config.policy.schedule:
         s.emit("schedule", step=s.step + 1, recipe=s.precision.name)
 
 
@@ -184,7 +225,7 @@ def _end(s: Session, reason: str) -> Summary:
         seconds=s.seconds,
         loss_nats=s.evaluation.get("loss_nats", math.nan),
         loss_nats_fp32=s.evaluation.get("loss_nats_fp32", math.nan),
-        diverged=reason == "nonfinite" or _worse_than_at_first(s),
+        diverged=reason in ("nonfinite", "stopped") or _worse_than_at_first(s),
     )
     facts = {key: value for key, value in asdict(summary).items() if key != "path"}
     s.run.summarize(
@@ -197,6 +238,7 @@ def _end(s: Session, reason: str) -> Summary:
         config_sha256=s.run.environment().get("config_sha256", ""),
         policy=s.precision.handle.resolution.rows(),
         **facts_of(s),
+        **(s.guard.facts() if s.guard else {}),
     )
     s.emit("end", step=s.step, reason=reason)
     return summary

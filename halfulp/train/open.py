@@ -1,6 +1,6 @@
 """From a configuration to a session that is ready for its first or next step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 from halfulp.blocks import block_map
 from halfulp.data import Data, open_data
 from halfulp.errors import PolicyError, RunError, require
+from halfulp.guard.faults import Fault
 from halfulp.numerics.kernel import cache_directory
 from halfulp.pieces import pieces
 from halfulp.run import Run
@@ -17,6 +18,8 @@ from halfulp.train import checkpoint
 from halfulp.train.blockwise import open_blockwise
 from halfulp.train.checkpoint import load
 from halfulp.train.config import TrainConfig
+from halfulp.train.cursor import cursor_at_start
+from halfulp.train.guard import open_guard
 from halfulp.train.model import build_model, checkpoint_activations, config_json, layers_of
 from halfulp.train.parallel import World, share
 from halfulp.train.precision import Precision, load_policies, name_of
@@ -36,7 +39,11 @@ class Start:
 
 @contextmanager
 def open_session(
-    config: TrainConfig, world: World, start: Start, on_event: OnEvent | None
+    config: TrainConfig,
+    world: World,
+    start: Start,
+    on_event: OnEvent | None,
+    faults: Sequence[Fault] = (),
 ) -> Iterator[Session]:
     """A session with data, model, precision, run directory and, on resume, the checkpoint's state.
 
@@ -60,6 +67,7 @@ def open_session(
         config, world, data, model, precision, blocks, parts, shape, micro_batches, on_event,
         blockwise,
     ) as session:  # fmt: skip
+        session.faults = tuple(faults)
         _prepare(session, finished)
         if loaded:
             restore(session, loaded)
@@ -83,6 +91,8 @@ def _prepare(s: Session, finished: int) -> None:
     with s.precision.handle.off():
         s.shared = share(s.model, s.world)
     s.precision.optimize()
+    s.cursor = cursor_at_start(s.config.train.skip)
+    s.guard = open_guard(s)
 
 
 def _announce(s: Session, start: Start, origin: str) -> None:
@@ -135,7 +145,7 @@ def _after_main(world: World, open_: Callable[[], Data]) -> Data:
 
 def _check_shardable(precision: Precision) -> None:
     """Refuse storage formats whose scale or random bits need the whole tensor."""
-    recipes = [item for r in precision.resolutions for item in r.parameters.items()]
+    recipes = [item for r in precision.resolutions() for item in r.parameters.items()]
     for name, r in recipes:
         weight, moments = r.master or r.weight, (r.moment_m, r.moment_v)
         stored = [("weight", weight, False), ("gradient", r.gradient, r.gradient.stochastic)]

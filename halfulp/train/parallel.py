@@ -144,6 +144,19 @@ def sharded_like(full: Tensor, example: Tensor) -> Tensor:
     return distribute_tensor(full, mesh, placements, src_data_rank=None)
 
 
+def part_of(part: Tensor, example: Tensor | None) -> Tensor:
+    """The sharded tensor whose part on this process is `part`; `part` itself without an example."""
+    if not isinstance(example, DTensor):
+        return part
+    return DTensor.from_local(
+        part.to(example.device),
+        example.device_mesh,
+        example.placements,
+        shape=example.shape,
+        stride=example.stride(),
+    )
+
+
 def _join(backend: str) -> None:
     try:
         dist.init_process_group(backend)

@@ -72,7 +72,6 @@ class Precision:
     hints: Mapping[str, str]
     lr_types: Mapping[str, str] | None = None  # parameter → type with a learning rate of its own
     stage: int = 0
-    resolutions: tuple[Resolution, ...] = field(init=False)  # one per stage
     handle: Quantized = field(init=False)
     optimizer: AdamW = field(init=False)
     scaler: Scaler = field(init=False)
@@ -81,10 +80,8 @@ class Precision:
     def start(self, step: int) -> None:
         """Quantize the plain model for the 0-based `step`, and check the policies of all stages."""
         section, self.stage = self.config.policy, self._stage_at(step)
-        self.resolutions = tuple(
-            resolve(self.model, policy, hints=self.hints, allow_partial=section.allow_partial)
-            for policy in self.policies
-        )
+        for policy in self.policies:
+            self._resolve(policy)
         self.handle = quantize(
             self.model,
             self.policies[self.stage],
@@ -116,13 +113,20 @@ class Precision:
         if stage == self.stage:
             return False
         self.stage = stage
-        self.handle.switch(self.resolutions[stage])
+        self.put(self.policies[stage])
+        return True
+
+    def put(self, policy: Policy) -> None:
+        """Put `policy` in force between two steps; weights, moments and counts stay."""
+        scaler = self.scaler
+        self.handle.switch(self._resolve(policy))
         self._read_recipes()
+        if scaler.rule == self.scaler.rule:
+            self.scaler = scaler
         states = self.optimizer.state
         self.optimize()
         for parameter, state in states.items():
             self.optimizer.state[parameter] = state
-        return True
 
     @property
     def starts_at(self) -> int:
@@ -134,6 +138,14 @@ class Precision:
     def name(self) -> str:
         """Recipe or policy file of the stage in force."""
         return name_of((*self.config.policy.schedule, self.config.policy)[self.stage])
+
+    def resolutions(self) -> tuple[Resolution, ...]:
+        """What the policy of each stage decides."""
+        return tuple(map(self._resolve, self.policies))
+
+    def _resolve(self, policy: Policy) -> Resolution:
+        partial = self.config.policy.allow_partial
+        return resolve(self.model, policy, hints=self.hints, allow_partial=partial)
 
     def _stage_at(self, step: int) -> int:
         return stage_at(step, self.config.train.steps, self.config.policy.schedule)

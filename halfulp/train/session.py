@@ -2,17 +2,22 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from halfulp.data import Data
+from halfulp.guard.faults import Fault
 from halfulp.pieces import Piece
 from halfulp.run import Run
 from halfulp.train.blockwise import Blockwise
 from halfulp.train.config import TrainConfig
+from halfulp.train.cursor import Cursor
 from halfulp.train.parallel import World
 from halfulp.train.precision import Precision
+
+if TYPE_CHECKING:
+    from halfulp.train.guard import SessionGuard
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -37,6 +42,9 @@ class Session:
     micro_batches: int
     on_event: OnEvent | None = None
     blockwise: Blockwise | None = None  # learning rates per block type
+    cursor: Cursor = field(default_factory=Cursor)  # which batch is next
+    guard: "SessionGuard | None" = None
+    faults: tuple[Fault, ...] = ()  # of a drill
     shared: nn.Module = field(init=False)
     run: Run = field(init=False)  # opened last: until then nothing is written
     step: int = 0

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from halfulp.errors import NonFiniteError, RunError
 from halfulp.train.checkpoint import Checkpoint
-from halfulp.train.parallel import local, sharded_like, whole
+from halfulp.train.parallel import local, part_of, sharded_like, whole
 from halfulp.train.precision import digest_of
 from halfulp.train.session import Session
 
@@ -20,11 +21,12 @@ def snapshot(s: Session) -> Checkpoint:
     checkpoint is never written.
     """
     keep = s.world.main
-    optimizer = {key: _host(t, keep=keep) for key, t in _optimizer_tensors(s)}
+    optimizer = {key: _host(t, keep=keep) for key, t in optimizer_tensors(s)}
     tensors = {
         "model": {name: _host(t, keep=keep) for name, t in model_tensors(s)},
         "optimizer": optimizer,
         "quantizers": {k: _host(t, keep=keep) for k, t in s.precision.handle.state_dict().items()},
+        "snapshots": {name: _host(t, keep=keep) for name, t in _snapshot_tensors(s)},
     }
     s.world.from_main(lambda: _refuse_nonfinite(s, tensors))
     return Checkpoint(s.step, _facts(s), tensors, s.shape)
@@ -33,6 +35,9 @@ def snapshot(s: Session) -> Checkpoint:
 def restore(s: Session, content: Checkpoint) -> None:
     """Put `content` into the freshly built session; RunError if it belongs to another run."""
     _check_belongs(s, content.state)
+    if s.guard is not None:
+        s.guard.load(content.state["guard"])
+    s.cursor.load(content.state["cursor"])
     with torch.no_grad():
         for name, tensor in model_tensors(s):
             saved = _saved(content, "model", name)
@@ -40,6 +45,8 @@ def restore(s: Session, content: Checkpoint) -> None:
     _restore_optimizer(s, content)
     s.precision.handle.load_state_dict(dict(content.tensors["quantizers"]))
     s.precision.scaler.load(content.state["loss_scale"])
+    if s.guard is not None:
+        s.guard.load_ring(content.state["guard"], dict(_own_parts(s, content)))
     if s.blockwise is not None:
         s.blockwise.load(content.state["blockwise"])
     s.step, s.tokens = content.step, content.state["tokens"]
@@ -56,7 +63,8 @@ def model_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _optimizer_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
+def optimizer_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
+    """States of the optimizer by "parameter/state"."""
     for name, parameter in _optimized(s):
         for key, value in s.precision.optimizer.state.get(parameter, {}).items():
             yield f"{name}/{key}", torch.as_tensor(value)
@@ -65,6 +73,32 @@ def _optimizer_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
 def _optimized(s: Session) -> Iterator[tuple[str, Tensor]]:
     for group in s.precision.optimizer.param_groups:
         yield from zip(group["param_names"], group["params"], strict=True)
+
+
+def _snapshot_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
+    """The snapshots of the guard by "step/name", as sharded as the tensors they are copies of."""
+    if s.guard is None or not s.config.guard.save_snapshots:
+        return
+    examples = _examples(s)
+    for snapshot in s.guard.keeper.ring.snapshots:
+        for name, part in snapshot.tensors.items():
+            yield f"{snapshot.step}/{name}", part_of(part, examples.get(name))
+
+
+def _own_parts(s: Session, content: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """The inverse of `_snapshot_tensors`: this process's part of every saved snapshot."""
+    examples = _examples(s)
+    for path, whole_one in content.tensors["snapshots"].items():
+        example = examples.get(path.partition("/")[2])
+        saved = whole_one if example is None else local(sharded_like(whole_one, example)).cpu()
+        yield path, saved.clone()
+
+
+def _examples(s: Session) -> dict[str, Tensor]:
+    """Tensors that say how those of a snapshot are shared out; the whole ones are left out."""
+    named = {f"model/{name}": t for name, t in model_tensors(s)}
+    named |= {f"optimizer/{name}": t for name, t in optimizer_tensors(s)}
+    return {name: t for name, t in named.items() if isinstance(t, DTensor)}
 
 
 def _restore_optimizer(s: Session, content: Checkpoint) -> None:
@@ -104,6 +138,8 @@ def _facts(s: Session) -> dict[str, Any]:
         "micro_batches": s.micro_batches,
         "loss_scale": s.precision.scaler.state(),
         "blockwise": s.blockwise.state() if s.blockwise else None,
+        "cursor": s.cursor.state(),
+        "guard": s.guard.state() if s.guard else None,
         "evaluation": s.evaluation,
         "first_loss_nats": s.first_loss_nats,
         "random": "no state: every random number is a function of (seed, step, micro-batch, name)",

@@ -1,0 +1,1 @@
+"""Keep a run alive: detect, attribute, act; see docs/guard.md."""

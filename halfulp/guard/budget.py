@@ -1,0 +1,67 @@
+"""What the guard may spend, and what it has spent: counted in steps' worth of tokens."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+HORIZON = 10_000  # steps over which rollbacks are counted
+LEAST_WITHHELD = 20  # steps that may be withheld of any run, however short
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The most that may be spent before the guard stops the run, or falls back.
+
+    Shares are of the steps planned. One rollback and its attribution are always affordable, so
+    that short runs have a guard too.
+    """
+
+    rollbacks: int = 8  # within 10 000 steps
+    wasted: float = 0.05  # steps withheld or rolled back
+    raised: float = 0.3  # of the units; above it the whole model falls back
+    attribution: float = 0.02  # passes of attribution
+
+
+@dataclass
+class Spent:
+    """Costs so far, in steps: `withheld`, `replayed` after rollbacks and `passes` of attribution.
+
+    A pass is one forward and backward pass over a batch; an update costs nothing beside it.
+    """
+
+    withheld: float = 0.0
+    replayed: float = 0.0
+    passes: float = 0.0
+    skipped: int = 0  # batches that are never trained on
+    rollbacks: list[int] = field(default_factory=list)  # steps at which the run was
+
+    def exceeded(self, budget: Budget, steps: int) -> str:
+        """The budget of withheld steps as a phrase, if it is used up; else ""."""
+        if self.withheld <= max(LEAST_WITHHELD, budget.wasted * steps):
+            return ""
+        return f"{self.withheld:.0f} steps were withheld, and guard.wasted = {budget.wasted:g}"
+
+    def cannot_replay(self, budget: Budget, steps: int, step: int, more: int) -> str:
+        """Why the run at `step` cannot go back `more` steps, as a phrase; "" if it can."""
+        recent = [s for s in self.rollbacks if step - s < HORIZON]
+        if len(recent) >= budget.rollbacks:
+            return f"it has rolled back {len(recent)} times (guard.rollbacks = {budget.rollbacks})"
+        wasted = self.withheld + self.replayed + more
+        if recent and wasted > budget.wasted * steps:
+            return (
+                f"{wasted:.0f} of {steps} steps would be wasted (guard.wasted = {budget.wasted:g})"
+            )
+        return ""
+
+    def may_attribute(self, budget: Budget, steps: int) -> bool:
+        """Whether another attribution is affordable; the first always are."""
+        return self.passes <= max(50.0, budget.attribution * steps)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return asdict(self)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        for key, value in state.items():
+            setattr(self, key, list(value) if isinstance(value, list) else value)

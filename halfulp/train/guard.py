@@ -1,0 +1,352 @@
+"""The guard of a training session: how it looks again, goes back and changes the precision."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfulp.blocks import block_map
+from halfulp.guard.budget import Budget
+from halfulp.guard.detect import Trigger
+from halfulp.guard.host import ALL, Pass
+from halfulp.guard.keeper import Incident, Keeper
+from halfulp.guard.ladder import Ladder
+from halfulp.guard.ring import Ring, Snapshot, check_memory
+from halfulp.guard.units import Units
+from halfulp.policy import Policy
+from halfulp.site import histories
+from halfulp.train.parallel import local
+from halfulp.train.schedule import warmup_steps
+from halfulp.train.session import Session
+from halfulp.train.state import model_tensors, optimizer_tensors
+from halfulp.train.step import agree, drop_gradients, forward_backward, forward_only
+
+
+class SessionHost:
+    """A session as halfulp.guard.host.Host describes it."""
+
+    def __init__(self, session: Session, units: Units) -> None:
+        self.session, self.units = session, units
+        cpu = session.world.device.type == "cpu"
+        self.deterministic = cpu or torch.are_deterministic_algorithms_enabled()
+        self.kept: list[Tensor] = []
+
+    def replay(
+        self,
+        off: Collection[str] = (),
+        *,
+        fresh: int = 0,
+        backward: bool = True,
+        keep: bool = False,
+        compare: bool = False,
+    ) -> Pass:
+        s, blocks = self.session, self._blocks(off)
+        with self._untouched(), ExitStack() as stack:
+            if tuple(off) == ALL:
+                stack.enter_context(s.precision.handle.off())
+            elif off:
+                stack.enter_context(s.precision.handle.off_in(blocks))
+            if off and s.config.train.compile:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if not backward:
+                losses = s.world.sum(forward_only(s, ahead=fresh))
+                return Pass(losses.mean().item(), float("nan"))
+            losses = forward_backward(s, ahead=fresh, plain=blocks)
+            found = agree(s, losses, interrupted=False).seen
+            return self._compared(found) if compare else self._kept(found, keep)
+
+    def differing_unit(self) -> str:
+        """The first unit whose output differs between two equal forward passes; "" for none."""
+        s = self.session
+        with self._untouched():
+            runs = [self._outputs() for _ in range(2)]
+        own = [n for n, value in runs[0].items() if not torch.equal(value, runs[1][n])]
+        found = [name for part in s.world.gather(own[:1]) for name in part]
+        blocks = (s.blocks[n] for n in s.blocks if found and n.startswith(f"{found[0]}."))
+        return next((self.units.of[block] for block in blocks), "")
+
+    def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies on the CPU of this process's part of everything that a step changes."""
+        s = self.session
+        tensors = {f"model/{name}": t for name, t in model_tensors(s)}
+        tensors |= {f"optimizer/{name}": t for name, t in optimizer_tensors(s)}
+        tensors |= {f"quantizers/{n}": t for n, t in s.precision.handle.state_dict().items()}
+        copies = {name: local(t).detach().to("cpu", copy=True) for name, t in tensors.items()}
+        facts = {
+            "position": s.cursor.position,
+            "tokens": s.tokens,
+            "loss_scale": s.precision.scaler.state(),
+            "blockwise": s.blockwise.state() if s.blockwise else None,
+            "evaluation": dict(s.evaluation),
+            "first_loss_nats": s.first_loss_nats,
+        }
+        return copies, facts
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put the session back; batches skipped since stay skipped, raised blocks raised."""
+        s, facts = self.session, snapshot.facts
+        drop_gradients(s)
+        with torch.no_grad():
+            for name, tensor in model_tensors(s):
+                local(tensor).copy_(snapshot.tensors[f"model/{name}"])
+            self._restore_optimizer(snapshot.tensors)
+        self._restore_histories(snapshot.tensors)
+        s.precision.scaler.load(facts["loss_scale"])
+        if s.blockwise is not None:
+            s.blockwise.load(facts["blockwise"])
+        s.step, s.tokens = snapshot.step, facts["tokens"]
+        s.evaluation, s.first_loss_nats = dict(facts["evaluation"]), facts["first_loss_nats"]
+        s.cursor.position = facts["position"]
+        s.cursor.settle()
+
+    def apply(self, policy: Policy) -> None:
+        self.session.precision.put(policy)
+
+    def skip(self, first: int, last: int) -> int:
+        cursor, now = self.session.cursor, self.session.step + 1
+        skipped = cursor.skip(cursor.position - (now - first), cursor.ahead(max(0, last - now)))
+        cursor.settle()
+        return skipped
+
+    def _blocks(self, off: Collection[str]) -> set[str]:
+        """The blocks of the units `off`."""
+        units = self.units
+        names = units.names if tuple(off) == ALL else off
+        return {block for name in names for block in units.blocks[name]}
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """Gradients, scale histories, counters and buffers are afterwards as before."""
+        s = self.session
+        handle, parameters = s.precision.handle, list(s.model.parameters())
+        gradients = [p.grad for p in parameters]
+        seen = {name: h.seen for name, (h, _) in histories(handle.sites).items()}
+        buffers = {name: b.clone() for name, b in s.model.named_buffers()}
+        counting, handle.clock.counting = handle.clock.counting, False
+        for p in parameters:
+            p.grad = None
+        try:
+            yield
+        finally:
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            for name, (history, _) in histories(handle.sites).items():
+                history.seen = seen.get(name)
+            for name, buffer in s.model.named_buffers():
+                buffer.copy_(buffers[name])
+            handle.clock.counting = counting
+
+    def _named_gradients(self) -> list[tuple[str, Tensor]]:
+        named = self.session.model.named_parameters()
+        return [(n, local(p.grad)) for n, p in named if p.grad is not None]
+
+    def _kept(self, found: Pass, keep: bool) -> Pass:
+        if keep:
+            self.kept = [gradient.clone() for _, gradient in self._named_gradients()]
+        return found
+
+    def _compared(self, found: Pass) -> Pass:
+        """With what separates the gradient from the kept one; unit by unit, over all processes."""
+        s, rows = self.session, []
+        for (name, new), old in zip(self._named_gradients(), self.kept, strict=True):
+            new64, old64 = new.double(), old.double()
+            three = (new64 - old64).square().sum(), (new64 * old64).sum(), old64.square().sum()
+            rows.append((self.units.parameters[name], torch.stack(three)))
+        names = tuple(dict.fromkeys(unit for unit, _ in rows))
+        sums = torch.zeros(len(names), 3, dtype=torch.float64, device=s.world.device)
+        for unit, three in rows:
+            sums[names.index(unit)] += three
+        if s.world.mode == "fsdp2":
+            sums = s.world.sum(sums)
+        differences, cosines = {}, {}
+        for unit, (square, dot, old) in zip(names, sums.tolist(), strict=True):
+            norm = found.units.get(unit, 0.0) * old**0.5 if old >= 0 else float("nan")
+            differences[unit], cosines[unit] = square**0.5, dot / norm if norm else 0.0
+        return Pass(found.loss, found.norm, found.units, differences, cosines)
+
+    def _outputs(self) -> dict[str, Tensor]:
+        """The output of every leaf module in a forward pass of the step's first micro-batch."""
+        s, outputs = self.session, {}
+
+        def keeper(name: str):
+            def hook(module: object, inputs: object, output: object) -> None:
+                if isinstance(output, Tensor) and name not in outputs:
+                    outputs[name] = output.detach().clone()
+
+            return hook
+
+        leaves = [(n, m) for n, m in s.model.named_modules() if n and not list(m.children())]
+        hooks = [m.register_forward_hook(keeper(n)) for n, m in leaves]
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                forward_only(s)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        s = self.session
+        for group in s.precision.optimizer.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                state = s.precision.optimizer.state
+                if f"optimizer/{name}/step" not in tensors:
+                    state.pop(parameter, None)  # before its first update
+                    continue
+                for key, value in state[parameter].items():
+                    local(value).copy_(tensors[f"optimizer/{name}/{key}"])
+
+    def _restore_histories(self, tensors: Mapping[str, Tensor]) -> None:
+        """Those that the policy in force still has; a raised block has none, or begins anew."""
+        for name, (history, q) in histories(self.session.precision.handle.sites).items():
+            if (saved := tensors.get(f"quantizers/{name}")) is not None:
+                history.restore(q, saved)
+
+
+class SessionGuard:
+    """Keeper and host of a session, and what the training loop asks of them."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, section = session, session.config.guard
+        policy = session.precision.policies[session.precision.stage]
+        blocks = block_map(session.model, session.config.model.hints)
+        self.ladder = Ladder(policy, blocks, section.ladder)
+        self.host = SessionHost(session, self.ladder.units)
+        budget = Budget(
+            rollbacks=section.rollbacks,
+            wasted=section.wasted,
+            raised=section.raised,
+            attribution=section.attribution,
+        )
+        self.keeper = Keeper(
+            self.host,
+            self.ladder,
+            session.config.train.steps,
+            budget,
+            self._report,
+            Ring(section.snapshot_every, section.snapshots),
+        )
+        self._index: tuple[list[str], Tensor] | None = None
+
+    def begin(self) -> None:
+        """Before the first step: refuse a ring that does not fit, then take the first snapshot."""
+        s, ring = self.session, self.keeper.ring
+        held = [local(p) for p in s.model.parameters()]
+        size = 3 * sum(p.numel() * 4 for p in held)  # weights and two moments
+        nodes = s.world.size  # all processes share this machine's memory
+        check_memory(size, ring.most, "guard.snapshots", processes=nodes)
+        self.keeper.begin(s.step)
+
+    def judge(self, step: int, seen: Pass) -> Trigger | None:
+        """Whether the (1-based) step is held."""
+        return self.keeper.judge(step, seen)
+
+    def respond(self, trigger: Trigger, seen: Pass) -> Incident:
+        """Attribute and act; the session is afterwards where it is to go on."""
+        return self.keeper.respond(trigger, seen)
+
+    def accept(self, seen: Pass) -> None:
+        """The update of the session's step has been made."""
+        s = self.session
+        self.keeper.accept(s.step, seen)
+        if s.step in self._phases():
+            self.keeper.detector.begin_phase()
+
+    def check(self, gemms: list[dict[str, Any]], optimizer: list[dict[str, Any]]) -> None:
+        """After every step: numeric rules on its counters (where counted), and descents."""
+        self.keeper.descend(self.session.step)
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of summary.json: what the guard has done, and the precision map."""
+        keeper = self.keeper
+        return {"guard": {**keeper.spent.state(), "map": self.ladder.map()}}
+
+    def keep(self) -> None:
+        """Take a snapshot if one is due; the last thing of a step before its checkpoint."""
+        self.keeper.keep(self.session.step)
+
+    def enter_stage(self) -> None:
+        """A stage of the schedule begins: raised blocks stay raised where that is still higher."""
+        s = self.session
+        self.ladder.rebase(s.precision.policies[s.precision.stage])
+        if self.ladder.is_raised:
+            s.precision.put(self.ladder.policy())
+
+    def factors(self, step: int) -> dict[str, float]:
+        """Factor on the learning rate of every slowed block in the 0-based `step`."""
+        slowed = self.keeper.factors(step)
+        return {block: f for unit, f in slowed.items() for block in self.host.units.blocks[unit]}
+
+    def sums(
+        self, named: Iterable[tuple[str, Tensor]], squares: Tensor
+    ) -> tuple[tuple[str, ...], Tensor]:
+        """The units, and the sum of `squares` (one per gradient) of each."""
+        names, units = [name for name, _ in named], self.host.units
+        if self._index is None or self._index[0] != names:
+            places = [units.names.index(units.parameters[name]) for name in names]
+            self._index = names, torch.tensor(places, device=squares.device)
+        sums = torch.zeros(len(units.names), dtype=torch.float64, device=squares.device)
+        return units.names, sums.index_add_(0, self._index[1], squares)
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the tensors of the snapshots, as plain values."""
+        ring = [
+            {"step": r.step, "facts": dict(r.facts), "good": r.good}
+            for r in self.keeper.ring.snapshots
+            if self.session.config.guard.save_snapshots
+        ]
+        return {"keeper": self.keeper.state(), "ring": ring}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` holds and the policy in force; snapshots follow by `load_ring`."""
+        self.keeper.load(state["keeper"])
+        if self.ladder.is_raised:
+            self.session.precision.put(self.ladder.policy())
+
+    def load_ring(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """The snapshots of `state`, whose tensors are this process's parts by "step/name"."""
+        self.keeper.ring.snapshots = [
+            Snapshot(
+                row["step"],
+                {
+                    name.partition("/")[2]: t
+                    for name, t in tensors.items()
+                    if name.startswith(f"{row['step']}/")
+                },
+                row["facts"],
+                row["good"],
+            )
+            for row in state["ring"]
+        ]
+
+    def _phases(self) -> tuple[int, ...]:
+        """Steps after which the learning rate does something else."""
+        train = self.session.config.train
+        ends = [warmup_steps(train)]
+        if train.schedule == "wsd":
+            ends.append(train.steps - round(train.decay * train.steps))
+        return tuple(ends)
+
+    def _report(self, incident: Incident) -> None:
+        self.session.emit("guard", **incident.fields(), map=self.ladder.map())
+
+
+def stopped(s: Session, incident: Incident) -> str:
+    """Why the run was stopped, and how to go on."""
+    trigger, verdict = incident.trigger, incident.verdict
+    units = f" in {', '.join(verdict.units[:4])}" if verdict.units else ""
+    good = f"--from-step {s.saved}" if s.saved else "--from-step 0"
+    return (
+        f"the guard stopped the run at step {trigger.step}: {incident.done[-1]}. It saw {trigger}; "
+        f"its verdict is {verdict.kind}{units}. Nothing of that step was updated or saved. What "
+        f"happened: halfulp guard explain {s.run.path}. To go on: halfulp train --resume "
+        f"{s.run.path} {good}, which would meet the same, or start anew from its last checkpoint "
+        f"with a lower train.lr (it is {s.config.train.lr:g}) or a wider recipe."
+    )
+
+
+def open_guard(session: Session) -> SessionGuard | None:
+    """The guard that the configuration asks for; PolicyError for a ladder that is none."""
+    return SessionGuard(session) if session.config.guard.on else None
