@@ -96,6 +96,8 @@ class Quantized:
         self.clock = Clock()
         self.sites: dict[str, Site] = {}
         self.resolution: Resolution
+        # Names, amaxes, scales and largest values of the step that ended last.
+        self._rolled: tuple[list[str], Tensor, list[Tensor], list[float]] | None = None
         self._manual = False
         self._hook = model.register_forward_pre_hook(self._before_forward)
 
@@ -106,6 +108,7 @@ class Quantized:
         """
         before = self.sites
         self._clear()
+        self._rolled = None
         self.resolution = resolution
         self.sites = {
             gemm.name: before[gemm.name]
@@ -167,14 +170,35 @@ class Quantized:
 
     def end_step(self) -> None:
         """Take this step's amaxes into the delayed scales: the maximum over all ranks."""
-        pairs = [pair for pair in histories(self.sites).values() if pair[0].seen is not None]
+        pairs = {n: pair for n, pair in histories(self.sites).items() if pair[0].seen is not None}
+        self._rolled = None
         if not pairs:
             return
-        amaxes = torch.stack([h.seen for h, _ in pairs if h.seen is not None])
+        amaxes = torch.stack([h.seen for h, _ in pairs.values() if h.seen is not None])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(amaxes, dist.ReduceOp.MAX)
-        for (history, q), amax in zip(pairs, amaxes.cpu(), strict=True):
+        amaxes = amaxes.cpu()
+        tops = [q.format.largest for _, q in pairs.values()]
+        self._rolled = list(pairs), amaxes, [h.scale for h, _ in pairs.values()], tops
+        for (history, q), amax in zip(pairs.values(), amaxes, strict=True):
             history.roll(q, amax)
+
+    def stale(self) -> list[dict]:
+        """How far each tensor had outgrown its delayed scale in the step that ended last.
+
+        Rows: block, gemm, operand and stale, as in `counters`, but of every step. Empty where
+        nothing is scaled with delay.
+        """
+        if self._rolled is None:
+            return []
+        names, amaxes, scales, tops = self._rolled
+        ratios = (amaxes * torch.stack(scales) / torch.tensor(tops)).tolist()
+        rows = []
+        for name, ratio in zip(names, ratios, strict=True):
+            gemm, _, operand = name.rpartition("/")
+            place = {"block": self.sites[gemm].block, "gemm": gemm}
+            rows.append({**place, "operand": operand.replace("_", "."), "stale": ratio})
+        return rows
 
     def count(self, on: bool) -> None:
         """Whether the next eager forward and backward passes record counters."""
