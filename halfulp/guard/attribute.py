@@ -112,7 +112,10 @@ def _not_precision(
 
 
 def _state(case: _Case, found: Pass) -> Verdict:
-    """The state, and the unit whose gradient has grown most over its mean."""
+    """The state, and the unit that broke or whose gradient has grown most over its mean."""
+    if case.trigger.kind == "nonfinite" and (broken := case.host.broken_unit()):
+        case.passes += 1
+        return case.verdict(STATE, [broken])
     growth = case.detector.growth(found.units)
     rows = [{"unit": unit, "growth": value} for unit, value in list(growth.items())[:CANDIDATES]]
     values = [*list(growth.values())[:2], math.nan, math.nan]

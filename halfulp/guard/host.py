@@ -54,6 +54,10 @@ class Host(Protocol):
         """The first unit whose output differs between two equal forward passes; "" for none."""
         ...
 
+    def broken_unit(self) -> str:
+        """The unit where the step first left the finite numbers; "" if none can be named."""
+        ...
+
     def capture(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """(tensors, facts) of the run after its last finished step; copies."""
         ...

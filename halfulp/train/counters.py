@@ -25,6 +25,14 @@ def counts(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "n": n, **whole}
 
 
+def shares(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `counts`."""
+    n = max(row["n"], 1)
+    of_n = {key: row[key] / n for key in _OF_N if key in row}
+    of_asked = {key: row[key] / max(row["asked"], 1) for key in _OF_ASKED if key in row}
+    return {**row, **of_n, **of_asked}
+
+
 def added(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The rows of all processes as one list: counts add, amax and stale are the largest."""
     return [_add(rows) for rows in zip(*parts, strict=True)]

@@ -1,5 +1,6 @@
 """The guard of a training session: how it looks again, goes back and changes the precision."""
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,14 +15,25 @@ from halfulp.guard.host import ALL, Pass
 from halfulp.guard.keeper import Incident, Keeper
 from halfulp.guard.ladder import Ladder
 from halfulp.guard.ring import Ring, Snapshot, check_memory
+from halfulp.guard.rules import Finding, Numeric, readings_of
 from halfulp.guard.units import Units
 from halfulp.policy import Policy
 from halfulp.site import histories
+from halfulp.train import nonfinite
+from halfulp.train.counters import shares
 from halfulp.train.parallel import local
 from halfulp.train.schedule import warmup_steps
 from halfulp.train.session import Session
 from halfulp.train.state import model_tensors, optimizer_tensors
-from halfulp.train.step import agree, drop_gradients, forward_backward, forward_only
+from halfulp.train.step import (
+    agree,
+    drop_gradients,
+    forward_backward,
+    forward_only,
+    place_of_loss,
+)
+
+STORAGE = ("lost_updates", "v_underflow")  # rules on how weights and moments are stored
 
 
 class SessionHost:
@@ -66,6 +78,17 @@ class SessionHost:
         found = [name for part in s.world.gather(own[:1]) for name in part]
         blocks = (s.blocks[n] for n in s.blocks if found and n.startswith(f"{found[0]}."))
         return next((self.units.of[block] for block in blocks), "")
+
+    def broken_unit(self) -> str:
+        """The unit where the step first left the finite numbers; "" if none can be named."""
+        s = self.session
+        with self._untouched():
+            losses = s.world.sum(forward_backward(s))
+            if torch.isfinite(losses).all():
+                place = nonfinite.in_gradients(s.model, s.blocks, s.world)
+            else:
+                place = place_of_loss(s)
+        return self.units.of.get(place.block, "")
 
     def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies on the CPU of this process's part of everything that a step changes."""
@@ -228,6 +251,7 @@ class SessionGuard:
             self._report,
             Ring(section.snapshot_every, section.snapshots),
         )
+        self.numeric = Numeric()
         self._index: tuple[list[str], Tensor] | None = None
 
     def begin(self) -> None:
@@ -255,8 +279,37 @@ class SessionGuard:
             self.keeper.detector.begin_phase()
 
     def check(self, gemms: list[dict[str, Any]], optimizer: list[dict[str, Any]]) -> None:
-        """After every step: numeric rules on its counters (where counted), and descents."""
-        self.keeper.descend(self.session.step)
+        """After every step: numeric rules on what was counted in it, then descents."""
+        s = self.session
+        readings = readings_of(s.precision.handle.stale())
+        readings += readings_of(map(shares, gemms), map(shares, optimizer))
+        findings = self.numeric.observe(s.step, readings)
+        for finding in findings:
+            if finding.level == "warn":
+                s.emit("signal", step=s.step, **vars(finding))
+        acts = [finding for finding in findings if finding.level == "act"]
+        for storage in (False, True):
+            self._raise([f for f in acts if (f.rule in STORAGE) == storage], storage=storage)
+        self.keeper.descend(s.step)
+
+    def _raise(self, findings: list[Finding], *, storage: bool) -> None:
+        """Raise the units of some findings, the same on every process."""
+        if not findings:
+            return
+        of, suspects = self.host.units.of, dict[str, float]()
+        for f in findings:
+            over = f.value / f.threshold if f.threshold else math.inf
+            suspects[of[f.block]] = max(over, suspects.get(of[f.block], 0.0))
+        incident = self.keeper.check(
+            self.session.step,
+            suspects,
+            storage=storage,
+            backward=any(f.backward for f in findings),
+            signals={f"{f.rule} of {f.place}": f.value for f in findings},
+        )
+        for unit in incident.raised if incident else ():
+            for block in self.host.units.blocks.get(unit, self.host.units.of):
+                self.numeric.forget(block)
 
     def facts(self) -> dict[str, Any]:
         """The fields of summary.json: what the guard has done, and the precision map."""
@@ -297,11 +350,13 @@ class SessionGuard:
             for r in self.keeper.ring.snapshots
             if self.session.config.guard.save_snapshots
         ]
-        return {"keeper": self.keeper.state(), "ring": ring}
+        numeric = self.numeric.state_dict()
+        return {"keeper": self.keeper.state(), "numeric": numeric, "ring": ring}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Put back what `state` holds and the policy in force; snapshots follow by `load_ring`."""
         self.keeper.load(state["keeper"])
+        self.numeric.load_state_dict(state["numeric"])
         if self.ladder.is_raised:
             self.session.precision.put(self.ladder.policy())
 

@@ -62,7 +62,7 @@ def run_step(s: Session, *, interrupted: bool) -> Outcome:
             drop_gradients(s)
             return replace(outcome, lr=lr, trigger=trigger)
     if not math.isfinite(loss):
-        _refuse(s, "loss", _place_of_loss(s))
+        _refuse(s, "loss", place_of_loss(s))
     if not finite and not scaled:
         _refuse(s, "gradient", nonfinite.in_gradients(s.model, s.blocks, s.world))
     if finite:
@@ -223,7 +223,7 @@ def _update(s: Session, gradients: list[Tensor], norm: float) -> None:
     s.precision.optimizer.step()
 
 
-def _place_of_loss(s: Session) -> Place:
+def place_of_loss(s: Session) -> Place:
     """Where the forward pass of the step's micro-batches first left the finite numbers."""
     with nonfinite.watched(s.model, s.blocks) as places, torch.no_grad():
         for i in range(s.accumulate):
