@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 import common
-from guard_detectors import Detector
+from guard_detectors import Detector, peers
+
+from halfulp.guard import detect
 
 SEEDS = 3  # at least
 SETTLED = 150  # steps before it count for nothing: detectors fill their windows, losses fall
@@ -49,6 +51,28 @@ class Recording:
 
 Record = Callable[[str | None, int], Recording]  # of a fault (None: clean) and a seed
 Fresh = Callable[[int], Sequence[Detector]]  # detectors that have seen nothing, for so many steps
+
+
+@dataclass
+class OwnRules:
+    """The guard's rules on loss and gradient norm alone: no counters, no attribution, no answer.
+
+    A step that is held does not enter the windows, since its update would not be made.
+    """
+
+    rules: detect.Detector = field(default_factory=detect.Detector)
+    name: str = field(default="halfulp, loss and norm", init=False)
+
+    def observe(self, step: int, loss: float, norm: float, units: Mapping[str, float]) -> bool:
+        if self.rules.judge(step, loss, norm) is not None:
+            return True
+        self.rules.accept(loss, norm, units)
+        return False
+
+
+def everyone(steps: int) -> list[Detector]:
+    """The guard's own rules and all peers, fresh, for a run of `steps` steps."""
+    return [OwnRules(), *peers(steps)]
 
 
 def measure(

@@ -95,18 +95,25 @@ def test_live_alarms_have_a_row_of_their_own():
         benchmark.table({"fault": FAULTY}, clean, lambda steps: [])
 
 
-def test_peers_see_a_jump_and_are_quiet_on_flat_runs():
+def test_all_see_a_jump_and_are_quiet_on_flat_runs():
     def record(fault, seed):
         step = 200 if fault else None
         return Recording(steps=flat(seed=seed, fault=step), fault_step=step)
 
     faults, clean = benchmark.measure(record, ["×30"])
-    rows = cells(benchmark.table(faults, clean, peers))
-    assert len(rows) == len(peers(400))
+    rows = cells(benchmark.table(faults, clean, benchmark.everyone))
+    assert len(rows) == 1 + len(peers(400))
     for name, false, delays in rows:
         assert false.startswith("0.0 (0.0–4.9)"), name
         # llm-foundry wants the fifth outlier in a row.
         assert delays == ("4, 4, 4" if "llm-foundry" in name else "0, 0, 0"), name
+
+
+def test_own_rules_do_not_learn_from_a_step_that_is_held():
+    own = benchmark.OwnRules()
+    heard = [own.observe(i, v, 1.0, {}) for i, v in enumerate([1.0, 1.02] * 60 + [9.0] * 3, 1)]
+    assert heard == [False] * 120 + [True] * 3
+    assert max(own.rules.loss.values) == 1.02
 
 
 @pytest.mark.parametrize(
