@@ -1,7 +1,9 @@
 """Spikes, slow worsening and divergence in the loss and the gradient norm of each step.
 
 A function of what the steps report, which is the same on every process; no random numbers. The
-rules and their numbers are those of specs/stability.md §4.3, measured there against others.
+rules and their numbers are those of specs/stability.md §4.3 but for two. Gradient norms of healthy
+runs have heavy tails, so a norm that is an outlier is a spike only beside a raised loss. And
+weights are watched themselves: their norms move slowly, whatever the optimizer does.
 """
 
 import math
@@ -13,6 +15,8 @@ from typing import Any
 WINDOW = 128  # accepted steps that a new one is compared with
 ACTIVE = 64  # of them before anything is called an outlier
 SPIKE = 8.0  # robust standard deviations
+_RAISED, _ALONE = 3.0, 24.0  # a gradient norm counts with a loss above this, or alone above that
+_JUMP = 0.5  # least jump of the logarithm of a weight's norm that is called one
 QUIET = 4.0  # below this everywhere, a step is quiet
 _FLOORS = {"loss": 0.01, "norm": 0.05}  # least deviation: share of the median loss; log norm
 _SHORT, _LONG = 10, 200  # spans of the two means of the loss
@@ -29,7 +33,7 @@ class Trigger:
     change something.
     """
 
-    kind: str  # nonfinite | spike | sustained | divergence | numeric
+    kind: str  # nonfinite | weight | spike | sustained | divergence | numeric
     step: int
     onset: int
     level: int
@@ -83,13 +87,15 @@ class Detector:
     above: int = 0  # steps in a row that were above the long mean
     spikes: list[int] = field(default_factory=list)  # steps
     units: dict[str, float] = field(default_factory=dict)  # mean gradient norm per unit
+    weights: dict[str, float] = field(default_factory=dict)  # last norm of each weight
+    moved: dict[str, float] = field(default_factory=dict)  # its largest change so far, slowly less
 
     def judge(self, step: int, loss: float, norm: float) -> Trigger | None:
         """The worst that the (1-based) `step` shows, before its update."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return Trigger("nonfinite", step, step, 1, {"loss": loss, "gradient norm": norm})
         z = self.deviations(loss, norm)
-        if max(z.values()) > SPIKE:
+        if self.is_spike(z["z loss"], z["z log norm"]):
             earlier = {s for s in self.spikes if step - s < _WITHIN}
             self.spikes = sorted(earlier | {step})
             if len(self.spikes) >= _MANY:
@@ -97,6 +103,28 @@ class Detector:
                 return Trigger("divergence", step, first, 3, {"spikes": _MANY, **z})
             return Trigger("spike", step, step, 1, z)
         return self._slow(step, loss)
+
+    def jump(self, step: int, weights: Mapping[str, float]) -> tuple[Trigger, str] | None:
+        """A weight whose norm is not what the last updates can have made of it, and its name.
+
+        `weights` are the norms of the matrices before the update of `step`. Corrupted memory and
+        wrong rescalings do this; an optimizer does not, whose steps have a usual size.
+        """
+        if self.seen < ACTIVE:
+            return None
+        for name, value in weights.items():
+            if not math.isfinite(value):
+                return Trigger("weight", step, step, 1, {"norm": value}), name
+            change = self._change(name, value)
+            if change > max(_JUMP, 4 * self.moved.get(name, math.inf)):
+                evidence = {"norm": value, "norm before": self.weights[name]}
+                return Trigger("weight", step, step, 1, evidence), name
+        return None
+
+    @staticmethod
+    def is_spike(z_loss: float, z_norm: float) -> bool:
+        """Whether deviations are those of a spike."""
+        return z_loss > SPIKE or z_norm > _ALONE or (z_norm > SPIKE and z_loss > _RAISED)
 
     def deviations(self, loss: float, norm: float) -> dict[str, float]:
         """Robust z of the loss and of the logarithm of the gradient norm."""
@@ -106,14 +134,26 @@ class Detector:
         """Whether a replay is as abnormal as a spike, by half of its threshold or more."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return True
-        return max(self.deviations(loss, norm).values()) > SPIKE / 2
+        z = self.deviations(loss, norm)
+        return self.is_spike(2 * z["z loss"], 2 * z["z log norm"])
 
     def is_quiet(self, loss: float, norm: float) -> bool:
         """Whether a step is unremarkable."""
         return max(self.deviations(loss, norm).values()) <= QUIET
 
-    def accept(self, loss: float, norm: float, units: Mapping[str, float]) -> None:
-        """Take a step that was made into the windows and means."""
+    def accept(
+        self,
+        loss: float,
+        norm: float,
+        units: Mapping[str, float],
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Take a step that was made into the windows and means; `weights` as `jump` had them."""
+        for name, value in (weights or {}).items():
+            if name in self.weights:
+                moved = self.moved.get(name, 0.0) * (1 - 1 / WINDOW)
+                self.moved[name] = max(moved, self._change(name, value))
+            self.weights[name] = value
         self.loss.add(loss)
         self.norm.add(_log(norm))
         self.seen += 1
@@ -150,6 +190,11 @@ class Detector:
             else:
                 kind = type(value)
                 setattr(self, key, kind(value) if kind in (list, dict) else value)
+
+    def _change(self, name: str, value: float) -> float:
+        """How far the logarithm of a weight's norm has moved since the last step."""
+        before = self.weights.get(name)
+        return 0.0 if before is None else abs(_log(value) - _log(before))
 
     def _slow(self, step: int, loss: float) -> Trigger | None:
         """Sustained worsening and divergence: of the mean that this step would give."""

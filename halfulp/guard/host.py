@@ -23,6 +23,7 @@ class Pass:
     units: Mapping[str, float] = field(default_factory=dict)  # gradient norm per unit
     differences: Mapping[str, float] = field(default_factory=dict)
     cosines: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)  # norm of each matrix, before
 
 
 class Host(Protocol):

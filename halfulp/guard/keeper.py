@@ -13,6 +13,7 @@ answers of specs/stability.md §4.3 says what to do:
 Trouble of the same kind at the same place is answered one rung higher each time.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -100,6 +101,7 @@ class Keeper:
     spent: Spent = field(default_factory=Spent)
     past: list[dict[str, Any]] = field(default_factory=list)  # step, onset, verdict, units, level
     rates: dict[str, list[float]] = field(default_factory=dict)  # unit → [factor, step since when]
+    jumped: str = ""  # the parameter that a trigger of the kind "weight" is about
     last_loud: int = 0  # last step with anything remarkable
 
     def begin(self, step: int) -> None:
@@ -109,13 +111,16 @@ class Keeper:
 
     def judge(self, step: int, found: Pass) -> Trigger | None:
         """What the (1-based) `step` shows before its update."""
+        if jump := self.detector.jump(step, found.weights):
+            trigger, self.jumped = jump
+            return trigger
         return self.detector.judge(step, found.loss, found.norm)
 
     def accept(self, step: int, found: Pass) -> None:
         """The update of `step` has been made."""
         if not self.detector.is_quiet(found.loss, found.norm):
             self.last_loud = step
-        self.detector.accept(found.loss, found.norm, found.units)
+        self.detector.accept(found.loss, found.norm, found.units, found.weights)
         self.ring.settle(step)
 
     def keep(self, step: int) -> None:
@@ -195,6 +200,10 @@ class Keeper:
     def _attribute(
         self, trigger: Trigger, seen: Pass | None, suspects: Mapping[str, float]
     ) -> Verdict:
+        if trigger.kind == "weight":  # the state itself has been seen to change
+            unit = self.ladder.units.parameters[self.jumped]
+            rows = ({"unit": unit, "parameter": self.jumped, **trigger.evidence},)
+            return Verdict(STATE, (unit,), rows=rows, margin=math.inf)
         if not self.spent.may_attribute(self.budget, self.steps):
             evidence = {"not attributed": f"guard.attribution = {self.budget.attribution:g}"}
             return Verdict(UNKNOWN, tuple(suspects), evidence=evidence)

@@ -34,12 +34,13 @@ class Outcome:
     interrupted: bool  # some process was asked to stop
     norms: Mapping[str, float] = field(default_factory=dict)  # gradient norm per block type
     units: Mapping[str, float] = field(default_factory=dict)  # gradient norm per unit of the guard
+    weights: Mapping[str, float] = field(default_factory=dict)  # norm of each matrix before
     trigger: Trigger | None = None  # why the guard holds the step: nothing has moved
 
     @property
     def seen(self) -> Pass:
         """The step as the guard sees it."""
-        return Pass(self.loss_nats, self.grad_norm, self.units)
+        return Pass(self.loss_nats, self.grad_norm, self.units, weights=self.weights)
 
 
 def run_step(s: Session, *, interrupted: bool) -> Outcome:
@@ -174,9 +175,11 @@ def agree(s: Session, losses: Tensor, *, interrupted: bool) -> Outcome:
     named = [(n, local(p.grad)) for n, p in s.model.named_parameters() if p.grad is not None]
     each = _squares([gradient for _, gradient in named], s.world.device)
     units, by_unit = s.guard.sums(named, each) if s.guard else ((), each[:0])
-    squares = torch.cat([by_kind, by_unit, each.sum().reshape(1)])
+    matrices, by_matrix = _squares_of_matrices(s)
+    squares = torch.cat([by_kind, by_unit, by_matrix, each.sum().reshape(1)])
     if s.world.mode == "ddp" and not s.world.main:
         squares = torch.zeros_like(squares)  # each process has the whole gradient
+        squares[len(by_kind) + len(by_unit) : -1] = by_matrix  # whose copies may have come apart
     flag = torch.tensor([float(interrupted)], dtype=torch.float64, device=s.world.device)
     packed = s.world.sum(torch.cat([losses, squares, flag]))
     loss, roots = packed[: s.micro_batches].mean(), packed[s.micro_batches : -1].sqrt().tolist()
@@ -188,7 +191,17 @@ def agree(s: Session, losses: Tensor, *, interrupted: bool) -> Outcome:
         interrupted=packed[-1].item() > 0,
         norms=dict(zip(kinds, roots, strict=False)),
         units=dict(zip(units, roots[len(kinds) :], strict=False)),
+        # Under ddp times the root of the number of processes: only the change of it counts.
+        weights=dict(zip(matrices, roots[len(kinds) + len(units) :], strict=False)),
     )
+
+
+def _squares_of_matrices(s: Session) -> tuple[list[str], Tensor]:
+    """The matrices that are trained, and the sums of squares of this process's part of each."""
+    if s.guard is None:
+        return [], torch.zeros(0, dtype=torch.float64, device=s.world.device)
+    named = [(n, p) for n, p in s.model.named_parameters() if p.ndim >= 2 and p.requires_grad]
+    return [n for n, _ in named], _squares([local(p.detach()) for _, p in named], s.world.device)
 
 
 def _squares_by_type(s: Session) -> tuple[list[str], Tensor]:
