@@ -47,7 +47,7 @@ def test_windows():
     assert levels("stale", [3.0, 3.0, 0.9, 3.0, 3.0, 3.0]) == ["", "", "", "", "", "act"]
     # After an act the window starts anew.
     assert levels("stale", [3.0] * 6) == ["", "", "act", "", "", "act"]
-    assert levels("saturation", [0.06, 0.06]) == ["act", "act"]
+    assert levels("gradient_noise", [0.6, 0.6]) == ["act", "act"]
 
 
 def test_a_warning_is_given_once_until_it_is_quiet_again():
