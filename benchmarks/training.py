@@ -245,6 +245,7 @@ def run_in(folder: str, policy: dict[str, str] | None = None) -> Iterator[Sessio
             "data": {"length": LENGTH, "max_tokens": 200_000},
             "train": {"rows": ROWS, "device": "cpu"},
             "policy": policy or {},
+            "guard": {"on": False},
             "run": {"out": f"{folder}/run"},
         }
     )

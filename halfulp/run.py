@@ -58,6 +58,7 @@ class Run:
         self.writer = writer
         self.trackers = list(trackers)
         self._events: int | None = None  # file descriptor while this process is the writer
+        self._written = 0  # events in the file while this process is the writer
 
     @classmethod
     def create(
@@ -125,15 +126,26 @@ class Run:
                         f"Delete that line (sed -i {number}d {file}) and read again."
                     )
 
-    def truncate(self, step: int) -> int:
-        """Move events with a later step to events.dropped.jsonl; returns how many."""
+    @property
+    def written(self) -> int:
+        """Number of events in the file; 0 where this process does not write."""
+        if self.writer:
+            self._begin_writing()
+        return self._written
+
+    def truncate(self, step: int, *, kept: int = 0) -> int:
+        """Move what came after `step` to events.dropped.jsonl; returns how many events.
+
+        That is everything from the first event of a later step on, but for the first `kept` events:
+        the steps of a run that has been rolled back do not ascend.
+        """
         if not self.writer:
             return 0
         self._begin_writing()
-        keep: list[dict[str, Any]] = []
-        drop: list[dict[str, Any]] = []
-        for event in self.events():
-            (drop if event.get("step", 0) > step else keep).append(event)
+        events = list(self.events())
+        later = (i for i in range(kept, len(events)) if events[i].get("step", 0) > step)
+        cut = next(later, len(events))
+        keep, drop = events[:cut], events[cut:]
         if drop:
             with open(self.path / "events.dropped.jsonl", "a", encoding="utf-8") as dropped:
                 dropped.writelines(_dumps(event) + "\n" for event in drop)
@@ -192,6 +204,7 @@ class Run:
         rest = text.encode()
         while rest:
             rest = rest[os.write(self._events, rest) :]
+        self._written += 1
 
     def _begin_writing(self) -> None:
         if self._events is not None:
@@ -199,6 +212,7 @@ class Run:
         lock.acquire(self.path / "writer.lock")
         file = self.path / "events.jsonl"
         _cut_torn_line(file, self.path / "events.torn")
+        self._written = _count_lines(file)
         self._events = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def _stop_writing(self) -> None:
@@ -300,6 +314,13 @@ def _cut_torn_line(file: Path, torn: Path) -> None:
         with open(torn, "ab") as kept:
             kept.write(tail + b"\n")
         lines.truncate(start)
+
+
+def _count_lines(file: Path) -> int:
+    if not file.exists():
+        return 0
+    with open(file, "rb") as lines:
+        return sum(1 for _ in lines)
 
 
 def _last_line(lines: BinaryIO) -> int:

@@ -186,6 +186,7 @@ def _config(job: Job, folder: Path) -> dict[str, Any]:
         "data": {"length": LENGTH},
         "train": train,
         "policy": section,
+        "guard": {"on": False},
         "run": {"out": str(folder / "run")},
     }
 

@@ -132,6 +132,7 @@ def _config(home: Path, shape: dict[str, Any], settings: dict[str, Any]) -> Trai
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(shape), encoding="utf-8")
     run = {"model": {"preset": str(path)}, "run": {"out": str(home / "run")}}
+    run |= {"guard": {"on": False}}
     return load_config(settings | run)
 
 

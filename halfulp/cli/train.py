@@ -37,6 +37,10 @@ def train(
             help='Learning rates per block type: "paper", "auto" or emb=10,qk=8,ffn=6,vo=4.'
         ),
     ] = None,
+    guard: Annotated[
+        bool | None,
+        typer.Option("--guard/--no-guard", help="Keep the run alive (default: --guard)."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, data order and rounding.")] = None,
     out: Annotated[str | None, typer.Option(help="Run directory; a new numbered one.")] = None,
     set_: Annotated[
@@ -59,6 +63,7 @@ def train(
         "policy": {"recipe": recipe, "file": policy},
         "train": {"steps": steps, "lr": lr, "seed": seed},
         "blockwise": {"ratios": lr_blocks},
+        "guard": {"on": guard},
         "run": {"out": out},
     }
     overrides = _overrides(named, set_ or [])
@@ -67,15 +72,31 @@ def train(
     if resume is None:
         summary = _train(_new(config, overrides), resume, from_step, force)
     else:
-        if config is not None or overrides or force:
-            raise ConfigError(
-                "--resume goes on with the run's own configuration, so no other option but "
-                "--from-step can be given. Delete the others, or start a new run."
-            )
-        from halfulp.train.loop import config_of
-
-        summary = _train(config_of(resume), resume, from_step, force)
+        if config is not None or force:
+            raise _not_with_resume()
+        summary = _train(_resumed(resume, overrides), resume, from_step, force)
     _conclude(summary)
+
+
+def _resumed(path: Path, overrides: dict[str, Any]) -> "TrainConfig":
+    """The configuration of the run at `path`, with other budgets of its guard where given."""
+    from halfulp.train.config import BUDGETS, load_config
+    from halfulp.train.loop import config_of
+
+    budgets = overrides.get("guard", {})
+    if overrides.keys() - {"guard"} or budgets.keys() - set(BUDGETS):
+        raise _not_with_resume()
+    return load_config(config_of(path).to_dict(), {"guard": budgets})
+
+
+def _not_with_resume() -> ConfigError:
+    from halfulp.train.config import BUDGETS
+
+    budgets = ", ".join(f"guard.{name}" for name in BUDGETS)
+    return ConfigError(
+        "--resume goes on with the run's own configuration, so no other option can be given but "
+        f"--from-step, and with --set the budgets {budgets}. Delete the others, or start a new run."
+    )
 
 
 def _new(path: Path | None, overrides: dict[str, Any]) -> "TrainConfig":

@@ -1,5 +1,6 @@
 """What the guard may spend, and what it has spent: counted in steps' worth of tokens."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,6 +23,18 @@ class Budget:
     attribution: float = 0.02  # passes of attribution
 
 
+@dataclass(frozen=True)
+class Exceeded:
+    """A budget that is used up: its name, why, and a value with which the run could go on."""
+
+    budget: str
+    why: str
+    enough: float
+
+    def __str__(self) -> str:
+        return self.why
+
+
 @dataclass
 class Spent:
     """Costs so far, in steps: `withheld`, `replayed` after rollbacks and `passes` of attribution.
@@ -35,23 +48,26 @@ class Spent:
     skipped: int = 0  # batches that are never trained on
     rollbacks: list[int] = field(default_factory=list)  # steps at which the run was
 
-    def exceeded(self, budget: Budget, steps: int) -> str:
-        """The budget of withheld steps as a phrase, if it is used up; else ""."""
+    def exceeded(self, budget: Budget, steps: int) -> Exceeded | None:
+        """The budget of withheld steps, if it is used up."""
         if self.withheld <= max(LEAST_WITHHELD, budget.wasted * steps):
-            return ""
-        return f"{self.withheld:.0f} steps were withheld, and guard.wasted = {budget.wasted:g}"
+            return None
+        why = f"{self.withheld:.0f} steps were withheld, and guard.wasted = {budget.wasted:g}"
+        return Exceeded("wasted", why, _twice(self.withheld, steps))
 
-    def cannot_replay(self, budget: Budget, steps: int, step: int, more: int) -> str:
-        """Why the run at `step` cannot go back `more` steps, as a phrase; "" if it can."""
+    def cannot_replay(self, budget: Budget, steps: int, step: int, more: int) -> Exceeded | None:
+        """The budget that keeps the run at `step` from going back `more` steps."""
         recent = [s for s in self.rollbacks if step - s < HORIZON]
         if len(recent) >= budget.rollbacks:
-            return f"it has rolled back {len(recent)} times (guard.rollbacks = {budget.rollbacks})"
+            why = f"it has rolled back {len(recent)} times (guard.rollbacks = {budget.rollbacks})"
+            return Exceeded("rollbacks", why, 2 * budget.rollbacks)
         wasted = self.withheld + self.replayed + more
         if recent and wasted > budget.wasted * steps:
-            return (
+            why = (
                 f"{wasted:.0f} of {steps} steps would be wasted (guard.wasted = {budget.wasted:g})"
             )
-        return ""
+            return Exceeded("wasted", why, _twice(wasted, steps))
+        return None
 
     def may_attribute(self, budget: Budget, steps: int) -> bool:
         """Whether another attribution is affordable; the first always are."""
@@ -65,3 +81,8 @@ class Spent:
         """The inverse of `state`."""
         for key, value in state.items():
             setattr(self, key, list(value) if isinstance(value, list) else value)
+
+
+def _twice(wasted: float, steps: int) -> float:
+    """Twice the share of the run that is wasted, as a budget; at most the whole run."""
+    return min(1.0, math.ceil(200 * wasted / steps) / 100)

@@ -27,7 +27,7 @@ from halfulp.guard.attribute import (
     Verdict,
     attribute,
 )
-from halfulp.guard.budget import Budget, Spent
+from halfulp.guard.budget import Budget, Exceeded, Spent
 from halfulp.guard.detect import Detector, Trigger
 from halfulp.guard.host import Host, Pass
 from halfulp.guard.ladder import FALLBACK, Ladder
@@ -59,6 +59,7 @@ class Incident:
     done: tuple[str, ...] = ()
     raised: Mapping[str, str] = field(default_factory=dict)  # unit → recipe
     cost: Mapping[str, float] = field(default_factory=dict)
+    exceeded: Exceeded | None = None  # the budget that made it stop
 
     def fields(self) -> dict[str, Any]:
         """The incident as fields of an event."""
@@ -317,8 +318,9 @@ class Keeper:
             return self._incident(trigger, verdict, 4, RAISE, words, raised=raised)
         return self._go_back(trigger, verdict, 4, done=[words], raised=raised)
 
-    def _stop(self, trigger: Trigger, verdict: Verdict, why: str) -> Incident:
-        return self._incident(trigger, verdict, 5, STOP, why)
+    def _stop(self, trigger: Trigger, verdict: Verdict, why: str | Exceeded) -> Incident:
+        incident = self._incident(trigger, verdict, 5, STOP, str(why))
+        return replace(incident, exceeded=why if isinstance(why, Exceeded) else None)
 
     def _try_lower(self, unit: str, step: int) -> Incident:
         """One rung down if gradients of the lower rung agree with those of the present one."""

@@ -47,8 +47,9 @@ def steps_in(folder: Path) -> list[int]:
 def save(folder: Path, content: Checkpoint, *, keep: int) -> Path:
     """Write `content`, then delete all but the `keep` newest intact checkpoints; the path.
 
-    A process killed at any moment leaves the earlier checkpoints and no half-written one.
-    RunError when the disk refuses; the earlier checkpoints stay.
+    Later checkpoints are those of a course that the run has left: they are moved aside. A process
+    killed at any moment leaves the earlier checkpoints and no half-written one. RunError when the
+    disk refuses; all checkpoints stay.
     """
     target = path_of(folder, content.step)
     scratch = folder / f".writing-{target.name}"
@@ -57,6 +58,7 @@ def save(folder: Path, content: Checkpoint, *, keep: int) -> Path:
         _remove(scratch)
         scratch.mkdir()
         _write(scratch, content)
+        _set_aside(folder, content.step)
         _remove(target)
         os.rename(scratch, target)
         _sync(folder)
@@ -101,10 +103,17 @@ def verify(folder: Path, step: int) -> None:
 
 
 def drop_after(folder: Path, step: int) -> list[Path]:
-    """Move checkpoints later than `step` into the subfolder `dropped`; their new paths."""
-    moved = []
+    """Move checkpoints later than `step` into the subfolder `dropped`; their new paths.
+
+    What a killed process left half-written is deleted.
+    """
     for leftover in folder.glob(".*"):
         _remove(leftover)
+    return _set_aside(folder, step)
+
+
+def _set_aside(folder: Path, step: int) -> list[Path]:
+    moved = []
     for later in (s for s in steps_in(folder) if s > step):
         attic = folder / "dropped"
         attic.mkdir(exist_ok=True)

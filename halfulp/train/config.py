@@ -22,6 +22,7 @@ PARALLEL = ("ddp", "fsdp2")
 DEVICES = ("auto", "cpu", "cuda")
 CARRIERS = ("fp32", "exact")
 TRACKERS = ("tensorboard", "trackio")
+BUDGETS = ("rollbacks", "wasted", "raised", "attribution")  # of [guard]: may grow on a resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +166,18 @@ class TrainConfig:
         return tree.plain(self)
 
     def digest(self) -> str:
-        """sha256 of everything but [run], which decides where the run lies and not what it is."""
+        """sha256 of what the run is: of everything but where it lies and what its guard may spend.
+
+        [run] and the budgets of [guard] are left out.
+        """
         decisive = {key: value for key, value in self.to_dict().items() if key != "run"}
+        decisive["guard"] = {k: v for k, v in decisive["guard"].items() if k not in BUDGETS}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def budgets_of(guard: GuardSection) -> dict[str, Any]:
+    """What the guard may spend; {} where it is off."""
+    return {name: getattr(guard, name) for name in BUDGETS} if guard.on else {}
 
 
 def load_config(
@@ -243,6 +253,7 @@ def _check_train(train: TrainSection) -> None:
         _between(f"train.{name}", getattr(train, name), 0.0, math.inf)
     for name in ("min_lr", "decay"):
         _between(f"train.{name}", getattr(train, name), 0.0, 1.0)
+    _check_skip(train)
     for beta in train.betas:
         if not 0.0 <= beta < 1.0:
             raise ConfigError(
@@ -258,6 +269,19 @@ def _check_train(train: TrainSection) -> None:
         raise ConfigError(
             f"train.warmup = {train.warmup:g} steps is longer than the run of {train.steps} steps. "
             "Give fewer steps, or a share of the run below 1."
+        )
+
+
+def _check_skip(train: TrainSection) -> None:
+    if train.skip and min(train.skip) < 0:
+        raise ConfigError(
+            f"train.skip = {min(train.skip)} is no batch: they are counted from 0. Give positions "
+            "of the event `guard`, or delete it."
+        )
+    if len(train.skip) > train.steps:
+        raise ConfigError(
+            f"train.skip names {len(train.skip)} batches, more than the {train.steps} that the run "
+            "trains on. Leave bad documents out of data.source instead."
         )
 
 

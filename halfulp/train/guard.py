@@ -1,6 +1,8 @@
 """The guard of a training session: how it looks again, goes back and changes the precision."""
 
 import math
+import os
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,22 +11,24 @@ import torch
 from torch import Tensor
 
 from halfulp.blocks import block_map
+from halfulp.guard.attribute import HARDWARE
 from halfulp.guard.budget import Budget
 from halfulp.guard.detect import Trigger
 from halfulp.guard.host import ALL, Pass
 from halfulp.guard.keeper import Incident, Keeper
-from halfulp.guard.ladder import Ladder
+from halfulp.guard.ladder import FALLBACK, Ladder
 from halfulp.guard.ring import Ring, Snapshot, check_memory
 from halfulp.guard.rules import Finding, Numeric, readings_of
 from halfulp.guard.units import Units
 from halfulp.policy import Policy
 from halfulp.site import histories
 from halfulp.train import nonfinite
+from halfulp.train.checkpoint import path_of, steps_in
 from halfulp.train.counters import shares
 from halfulp.train.parallel import local
 from halfulp.train.schedule import warmup_steps
 from halfulp.train.session import Session
-from halfulp.train.state import model_tensors, optimizer_tensors
+from halfulp.train.state import check_replicas, model_tensors, optimizer_tensors
 from halfulp.train.step import (
     agree,
     drop_gradients,
@@ -255,13 +259,16 @@ class SessionGuard:
         self._index: tuple[list[str], Tensor] | None = None
 
     def begin(self) -> None:
-        """Before the first step: refuse a ring that does not fit, then take the first snapshot."""
+        """Before the first step: take the first snapshot."""
+        self.keeper.begin(self.session.step)
+
+    def check_memory(self) -> None:
+        """ConfigError, on every process, for a ring that does not fit into this machine."""
         s, ring = self.session, self.keeper.ring
-        held = [local(p) for p in s.model.parameters()]
-        size = 3 * sum(p.numel() * 4 for p in held)  # weights and two moments
-        nodes = s.world.size  # all processes share this machine's memory
-        check_memory(size, ring.most, "guard.snapshots", processes=nodes)
-        self.keeper.begin(s.step)
+        own = 3 * sum(local(p).numel() * 4 for p in s.model.parameters())  # with two moments
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", s.world.size))
+        size = max(s.world.gather(own))
+        s.world.from_main(lambda: check_memory(size, ring.most, "guard.snapshots", processes=here))
 
     def judge(self, step: int, seen: Pass) -> Trigger | None:
         """Whether the (1-based) step is held."""
@@ -318,7 +325,9 @@ class SessionGuard:
 
     def keep(self) -> None:
         """Take a snapshot if one is due; the last thing of a step before its checkpoint."""
-        self.keeper.keep(self.session.step)
+        if self.keeper.ring.due(self.session.step):
+            check_replicas(self.session)
+            self.keeper.snapshot(self.session.step)
 
     def enter_stage(self) -> None:
         """A stage of the schedule begins: raised blocks stay raised where that is still higher."""
@@ -389,19 +398,51 @@ class SessionGuard:
 
 
 def stopped(s: Session, incident: Incident) -> str:
-    """Why the run was stopped, and how to go on."""
+    """Why the run was stopped, and the command that goes on."""
     trigger, verdict = incident.trigger, incident.verdict
     units = f" in {', '.join(verdict.units[:4])}" if verdict.units else ""
-    good = f"--from-step {s.saved}" if s.saved else "--from-step 0"
     return (
         f"the guard stopped the run at step {trigger.step}: {incident.done[-1]}. It saw {trigger}; "
         f"its verdict is {verdict.kind}{units}. Nothing of that step was updated or saved. What "
-        f"happened: halfulp guard explain {s.run.path}. To go on: halfulp train --resume "
-        f"{s.run.path} {good}, which would meet the same, or start anew from its last checkpoint "
-        f"with a lower train.lr (it is {s.config.train.lr:g}) or a wider recipe."
+        f"happened: halfulp guard explain {shlex.quote(str(s.run.path))}. {_cure(s, incident)}"
     )
 
 
+def _cure(s: Session, incident: Incident) -> str:
+    resume = shlex.join(["halfulp", "train", "--resume", str(s.run.path)])
+    if over := incident.exceeded:
+        return f"To go on with a larger budget: {resume} --set guard.{over.budget}={over.enough:g}"
+    if incident.verdict.kind == HARDWARE:
+        return f"To go on from the last checkpoint, on another machine: {resume}"
+    folder = s.run.path / "checkpoints"
+    earlier = [step for step in steps_in(folder) if step != s.saved]
+    again = f"To go on from an earlier checkpoint: {resume} --from-step {max(earlier, default=0)}"
+    return (
+        f"It would meet the same again. To start anew from the last good weights, with a lower "
+        f"learning rate and in {FALLBACK}: {_anew(s)}. {again}"
+    )
+
+
+def _anew(s: Session) -> str:
+    """The command of a run from the last checkpoint's weights that is less likely to fail."""
+    path, config = s.run.path, s.config
+    words = ["halfulp", "train", str(path / "config.toml"), "--recipe", FALLBACK]
+    words += ["--lr", f"{config.train.lr / 2:g}", "--out", f"{path}-anew"]
+    if s.saved:
+        words += ["--model", str(path_of(path / "checkpoints", s.saved))]
+        words += [w for key in ("layers", "hidden") for w in ("--set", f"model.{key}=0")]
+    if config.policy.schedule:
+        words += ["--set", "policy.schedule=[]"]
+    return shlex.join(words)
+
+
 def open_guard(session: Session) -> SessionGuard | None:
-    """The guard that the configuration asks for; PolicyError for a ladder that is none."""
-    return SessionGuard(session) if session.config.guard.on else None
+    """The guard that the configuration asks for.
+
+    PolicyError for a ladder that is none, ConfigError for snapshots that do not fit into memory.
+    """
+    if not session.config.guard.on:
+        return None
+    guard = SessionGuard(session)
+    guard.check_memory()
+    return guard

@@ -25,7 +25,7 @@ from halfulp.train.precision import name_of
 from halfulp.train.session import OnEvent, Session
 from halfulp.train.sharpness import MONITOR, fields_of, measure
 from halfulp.train.signals import Interrupt
-from halfulp.train.state import snapshot
+from halfulp.train.state import check_replicas, snapshot
 from halfulp.train.step import Outcome, run_step
 
 
@@ -79,8 +79,12 @@ def train(
 
 
 def config_of(path: Path) -> TrainConfig:
-    """The configuration that the run at `path` was started with."""
-    return load_config(Run.open(path, writer=False).config())
+    """The configuration of the run at `path`, with the guard's budgets of its last start."""
+    run = Run.open(path, writer=False)
+    budgets = {}
+    for start in run.events("start"):
+        budgets = start.get("budgets", {})
+    return load_config(run.config(), {"guard": budgets})
 
 
 def _run(s: Session, interrupt: Interrupt) -> Summary:
@@ -150,8 +154,9 @@ def _held(s: Session, outcome: Outcome) -> bool:
         s.saved = None  # the checkpoint of this step, if there is one, is of another course
         if s.step:
             _checkpoint(s)
-        folder, step = s.run.path / "checkpoints", s.step
-        s.world.from_main(lambda: checkpoint.drop_after(folder, step))
+        else:
+            folder = s.run.path / "checkpoints"
+            s.world.from_main(lambda: checkpoint.drop_after(folder, 0))
     if incident.action == STOP:
         raise StoppedError(stopped(s, incident))
     return outcome.interrupted
@@ -209,6 +214,7 @@ def _checkpoint(s: Session) -> None:
     """Write a checkpoint of the present step unless there is one."""
     if s.saved == s.step:
         return
+    check_replicas(s)
     content = snapshot(s)
     folder, keep = s.run.path / "checkpoints", s.config.train.keep
     path = s.world.from_main(lambda: checkpoint.save(folder, content, keep=keep))
@@ -253,8 +259,8 @@ def _worse_than_at_first(s: Session) -> bool:
 def _check_same(path: Path, config: TrainConfig) -> None:
     if config.digest() != config_of(path).digest():
         raise RunError(
-            f"{path} was started with another configuration. A resumed run keeps its own: "
-            "give no other option, or start a new run."
+            f"{path} was started with another configuration. A resumed run keeps its own, but for "
+            "the budgets of its guard: give no other option, or start a new run."
         )
 
 

@@ -17,7 +17,7 @@ from halfulp.trackers import open_trackers
 from halfulp.train import checkpoint
 from halfulp.train.blockwise import open_blockwise
 from halfulp.train.checkpoint import load
-from halfulp.train.config import TrainConfig
+from halfulp.train.config import TrainConfig, budgets_of
 from halfulp.train.cursor import cursor_at_start
 from halfulp.train.guard import open_guard
 from halfulp.train.model import build_model, checkpoint_activations, config_json, layers_of
@@ -72,7 +72,8 @@ def open_session(
         if loaded:
             restore(session, loaded)
         # Only now: a checkpoint that does not fit must leave the run as it was.
-        session.run = _open_run(config, world, start, finished)
+        written = loaded.state["events"] if loaded else 0
+        session.run = _open_run(config, world, start, finished, written)
         _announce(session, start, built.origin)
         yield session
 
@@ -105,6 +106,7 @@ def _announce(s: Session, start: Start, origin: str) -> None:
         parallel=s.world.mode,
         micro_batches=s.micro_batches,
         device=str(s.world.device),
+        budgets=budgets_of(s.config.guard),
     )
 
 
@@ -169,11 +171,12 @@ def _micro_batches(config: TrainConfig, world: World, state: dict[str, Any]) -> 
     return count
 
 
-def _open_run(config: TrainConfig, world: World, start: Start, finished: int) -> Run:
+def _open_run(config: TrainConfig, world: World, start: Start, finished: int, written: int) -> Run:
     def make() -> Path:
         for name in config.run.trackers:
             require(name, "track")  # before there is a directory
-        run = _continue(start.resume, finished) if start.resume else _create(config, start)
+        resumed = start.resume
+        run = _continue(resumed, finished, written) if resumed else _create(config, start)
         run.trackers.extend(open_trackers(config.run.trackers, run.path))
         own.append(run)
         return run.path
@@ -183,10 +186,14 @@ def _open_run(config: TrainConfig, world: World, start: Start, finished: int) ->
     return own[0] if own else Run.open(path, writer=False)
 
 
-def _continue(path: Path, finished: int) -> Run:
-    run = Run.open(path)
-    run.truncate(finished)
-    checkpoint.drop_after(path / "checkpoints", finished)
+def _continue(path: Path, finished: int, written: int) -> Run:
+    """The run at `path` after `finished` steps, when it had `written` events."""
+    run, folder = Run.open(path), path / "checkpoints"
+    run.truncate(finished, kept=written)
+    checkpoint.drop_after(folder, finished)
+    if finished and run.written == written:  # it was killed between the checkpoint and its event
+        saved = checkpoint.path_of(folder, finished).relative_to(path)
+        run.write("checkpoint", step=finished, path=str(saved))
     return run
 
 

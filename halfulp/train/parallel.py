@@ -3,7 +3,7 @@
 import gc
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
@@ -123,6 +123,21 @@ def settle(model: nn.Module, world: World) -> None:
     """After a forward pass without a backward one: `model`'s parameters are the sharded ones."""
     if world.mode == "fsdp2":
         cast(_Sharded, model).reshard()
+
+
+def differing(named: Iterable[tuple[str, Tensor]], world: World) -> list[str]:
+    """Names of the tensors whose bits are not the same on every process of ddp; collective."""
+    if world.mode != "ddp":
+        return []
+    sums = {name: _sum_of_bits(tensor) for name, tensor in named}
+    found = world.gather(sums)
+    return [name for name in sums if any(other[name] != sums[name] for other in found)]
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = tensor.detach().contiguous().flatten()
+    return int(flat.view(integers[tensor.element_size()]).sum(dtype=torch.int64))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ class RateGuard:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         plain = {key: value for key, value in vars(self).items() if key != "start"}
-        loss = vars(self.loss) if self.loss else None
-        return plain | {"loss": loss, "norms": {k: vars(t) for k, t in self.norms.items()}}
+        loss = dict(vars(self.loss)) if self.loss else None
+        return plain | {"loss": loss, "norms": {k: dict(vars(t)) for k, t in self.norms.items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""

@@ -87,9 +87,9 @@ def fields_of(measured: Measured) -> dict[str, object]:
 def _one_draw(s: Session, draw: int, key: int) -> tuple[Tensor, Tensor]:
     """(this process's addend to the trace of each piece [pieces], sums over its logits)."""
     ahead, i = divmod(draw, s.accumulate)
-    micro = ahead * s.micro_batches + s.world.rank + s.world.size * i
-    batch_BT = batch_of(s, micro)
-    seed = key_of(s.config.train.seed, s.step, micro, key)
+    micro = s.world.rank + s.world.size * i
+    batch_BT = batch_of(s, micro, ahead=ahead)
+    seed = key_of(s.config.train.seed, s.step, ahead * s.micro_batches + micro, key)
     generator = torch.Generator(s.world.device).manual_seed(seed)
     with random_state(seed):
         logits = s.model(input_ids=batch_BT[:, :-1], use_cache=False).logits

@@ -1,15 +1,17 @@
 """Between a training session and its checkpoint: whole tensors out, sharded ones back in."""
 
+import shlex
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from halfulp.errors import NonFiniteError, RunError
+from halfulp.errors import NonFiniteError, RunError, StoppedError
 from halfulp.train.checkpoint import Checkpoint
-from halfulp.train.parallel import local, part_of, sharded_like, whole
+from halfulp.train.parallel import differing, local, part_of, sharded_like, whole
 from halfulp.train.precision import digest_of
 from halfulp.train.session import Session
 
@@ -26,7 +28,7 @@ def snapshot(s: Session) -> Checkpoint:
         "model": {name: _host(t, keep=keep) for name, t in model_tensors(s)},
         "optimizer": optimizer,
         "quantizers": {k: _host(t, keep=keep) for k, t in s.precision.handle.state_dict().items()},
-        "snapshots": {name: _host(t, keep=keep) for name, t in _snapshot_tensors(s)},
+        "snapshots": {n: _host(t, keep=keep, copy=False) for n, t in _snapshot_tensors(s)},
     }
     s.world.from_main(lambda: _refuse_nonfinite(s, tensors))
     return Checkpoint(s.step, _facts(s), tensors, s.shape)
@@ -52,6 +54,23 @@ def restore(s: Session, content: Checkpoint) -> None:
     s.step, s.tokens = content.step, content.state["tokens"]
     s.seconds, s.evaluation = content.state["seconds"], content.state["evaluation"]
     s.first_loss_nats, s.saved = content.state["first_loss_nats"], content.step
+    for fault, done in zip(s.faults, content.state["faults"], strict=False):
+        fault.done = done
+
+
+def check_replicas(s: Session) -> None:
+    """StoppedError, on every process, if the processes of ddp do not hold the same model.
+
+    Called before anything is kept of the run: checkpoints and snapshots are of equal replicas.
+    """
+    named = chain(model_tensors(s), optimizer_tensors(s))
+    if differ := differing(named, s.world):
+        raise StoppedError(
+            f"after step {s.step} {differ[0]} is not the same on all processes, and {len(differ)} "
+            "tensors in all: a replica was damaged by its memory or its processor. Nothing of it "
+            "was saved. To go on from the last checkpoint, on another machine: "
+            f"{shlex.join(['halfulp', 'train', '--resume', str(s.run.path)])}"
+        )
 
 
 def model_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
@@ -114,9 +133,10 @@ def _restore_optimizer(s: Session, content: Checkpoint) -> None:
         }
 
 
-def _host(tensor: Tensor, *, keep: bool) -> Tensor:
+def _host(tensor: Tensor, *, keep: bool, copy: bool = True) -> Tensor:
+    """The whole tensor on the CPU where it is kept; its own memory unless `copy` is False."""
     full = whole(tensor.detach())
-    return full.cpu().clone() if keep else torch.empty(0)
+    return full.to("cpu", copy=copy) if keep else torch.empty(0)
 
 
 def _refuse_nonfinite(s: Session, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -142,8 +162,17 @@ def _facts(s: Session) -> dict[str, Any]:
         "guard": s.guard.state() if s.guard else None,
         "evaluation": s.evaluation,
         "first_loss_nats": s.first_loss_nats,
+        "events": s.run.written,
+        "faults": [fault.done for fault in s.faults],
         "random": "no state: every random number is a function of (seed, step, micro-batch, name)",
         "seed": s.config.train.seed,
+        **_digests(s),
+    }
+
+
+def _digests(s: Session) -> dict[str, str]:
+    """What decides the run: equal digests make a checkpoint one of this run."""
+    return {
         "config_digest": s.config.digest(),
         "policy_digest": digest_of(s.precision.policies),
         "data_digest": s.data.digest,
@@ -151,14 +180,15 @@ def _facts(s: Session) -> dict[str, Any]:
 
 
 def _check_belongs(s: Session, state: Mapping[str, Any]) -> None:
-    mine = _facts(s)
+    mine = _digests(s)
     told = {
         "config_digest": "configuration; restore config.toml of the run",
         "policy_digest": "policy or recipe; restore it, or the version of halfulp",
         "data_digest": "corpus; restore its files (stdlib belongs to one Python version)",
     }
-    for key, what in told.items():
-        if state[key] != mine[key]:
+    for key, digest in mine.items():
+        if state[key] != digest:
+            what = told[key]
             raise RunError(
                 f"the run cannot be continued: its checkpoint of step {state['step']} was written "
                 f"with another {what}, or start a new run."

@@ -170,7 +170,7 @@ def test_a_non_finite_step_stops_the_run_before_the_update(
 ):
     clean = train(make_config("clean", train={"steps": 12, "keep": 9}))
     poisoned(monkeypatch, module, 7, kind)
-    config = make_config("run")
+    config = make_config("run", guard={"on": False})
     with pytest.raises(NonFiniteError) as error:
         train(config)
     said = str(error.value)
@@ -189,7 +189,7 @@ def test_a_non_finite_step_stops_the_run_before_the_update(
 def test_a_loss_scale_skips_and_backs_off_and_gives_up_in_the_end(make_config, monkeypatch):
     poisoned(monkeypatch, "model.layers.0.mlp.up_proj", 3, "gradient")
     options = {"steps": 60, "checkpoint_every": 0, "eval_every": 0, "count_every": 0}
-    config = make_config(policy={"recipe": "fp16_amp"}, train=options)
+    config = make_config(policy={"recipe": "fp16_amp"}, train=options, guard={"on": False})
     with pytest.raises(NonFiniteError, match=r"step 43: the gradient is not finite"):
         train(config)
     events = list(Run.open(config.run.out, writer=False).events("loss_scale"))

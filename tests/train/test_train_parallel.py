@@ -87,7 +87,7 @@ def test_a_sharded_run_goes_on_in_one_process_and_back(make_config):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_one_process_with_a_non_finite_loss_stops_them_all(make_config, parallel):
-    config = make_config(train={"parallel": parallel})
+    config = make_config(train={"parallel": parallel}, guard={"on": False})
     first, second = train_together(config.to_dict(), prepare=poison_rank_1)
     assert first == second
     assert first.startswith("NonFiniteError: step 5: the loss is not finite; first in layers.1.ffn")

@@ -96,6 +96,7 @@ def opened(make_config):
         for _ in range(2):
             run_step(s, interrupted=False)
             s.step += 1
+            s.cursor.advance()
         yield s
 
 
@@ -194,6 +195,7 @@ def test_processes_measure_their_own_tokens(make_config, parallel, preset):
         for _ in range(2):
             run_step(s, interrupted=False)
             s.step += 1
+            s.cursor.advance()
         if parallel == "ddp":
             report = measure_gnb(s, draws=2, key=0)
             expected = {row.name: row.trace for row in report.rows("block")}
