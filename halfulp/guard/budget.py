@@ -37,14 +37,16 @@ class Exceeded:
 
 @dataclass
 class Spent:
-    """Costs so far, in steps: `withheld`, `replayed` after rollbacks and `passes` of attribution.
+    """Costs so far, in steps: `withheld`, `replayed` after rollbacks, `passes` of attribution.
 
-    A pass is one forward and backward pass over a batch; an update costs nothing beside it.
+    `shadows` are passes that compare gradients with those of the reference, at regular steps. A
+    pass is one forward and backward pass over a batch; an update costs nothing beside it.
     """
 
     withheld: float = 0.0
     replayed: float = 0.0
     passes: float = 0.0
+    shadows: float = 0.0
     skipped: int = 0  # batches that are never trained on
     rollbacks: list[int] = field(default_factory=list)  # steps at which the run was
 

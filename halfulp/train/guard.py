@@ -18,13 +18,14 @@ from halfulp.guard.host import ALL, Pass
 from halfulp.guard.keeper import Incident, Keeper
 from halfulp.guard.ladder import FALLBACK, Ladder
 from halfulp.guard.ring import Ring, Snapshot, check_memory
-from halfulp.guard.rules import Finding, Numeric, readings_of
+from halfulp.guard.rules import Finding, Numeric, Reading, readings_of
 from halfulp.guard.units import Units
 from halfulp.policy import Policy
 from halfulp.site import histories
 from halfulp.train import nonfinite
 from halfulp.train.checkpoint import path_of, steps_in
 from halfulp.train.counters import shares
+from halfulp.train.looks import Looks
 from halfulp.train.parallel import local
 from halfulp.train.schedule import warmup_steps
 from halfulp.train.session import Session
@@ -37,6 +38,7 @@ from halfulp.train.step import (
     place_of_loss,
 )
 
+SHADOW = 250  # steps between two comparisons of all gradients with the reference ones
 STORAGE = ("lost_updates", "v_underflow")  # rules on how weights and moments are stored
 
 
@@ -255,7 +257,7 @@ class SessionGuard:
             self._report,
             Ring(section.snapshot_every, section.snapshots),
         )
-        self.numeric = Numeric()
+        self.numeric, self.looks = Numeric(), Looks(session, blocks)
         self._index: tuple[list[str], Tensor] | None = None
 
     def begin(self) -> None:
@@ -290,6 +292,7 @@ class SessionGuard:
         s = self.session
         readings = readings_of(s.precision.handle.stale())
         readings += readings_of(map(shares, gemms), map(shares, optimizer))
+        readings += self.looks.take() + self._shadow()
         findings = self.numeric.observe(s.step, readings)
         for finding in findings:
             if finding.level == "warn":
@@ -298,6 +301,24 @@ class SessionGuard:
         for storage in (False, True):
             self._raise([f for f in acts if (f.rule in STORAGE) == storage], storage=storage)
         self.keeper.descend(s.step)
+
+    def _shadow(self) -> list[Reading]:
+        """Every SHADOW steps: how far each unit's gradient is from that of the reference."""
+        s, errors = self.session, {}
+        if s.step % SHADOW or not s.precision.handle.sites:
+            return []
+        self.host.replay(keep=True)
+        reference = self.host.replay(off=ALL, compare=True)
+        self.keeper.spent.shadows += 2.0
+        for unit, difference in reference.differences.items():
+            if norm := reference.units[unit]:
+                errors[unit] = difference / norm
+        s.emit("gradient_error", step=s.step, units=errors)
+        units = self.host.units
+        return [
+            Reading("gradient_noise", units.blocks[unit][0], "gradient", error, backward=True)
+            for unit, error in errors.items()
+        ]
 
     def _raise(self, findings: list[Finding], *, storage: bool) -> None:
         """Raise the units of some findings, the same on every process."""

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -53,7 +54,7 @@ def run_step(s: Session, *, interrupted: bool) -> Outcome:
     lr = _set_rates(s)
     for fault in s.faults:
         fault.before(s.step + 1, s.model, s.precision.handle, s.precision.optimizer)
-    outcome = agree(s, forward_backward(s), interrupted=interrupted)
+    outcome = agree(s, forward_backward(s, look=True), interrupted=interrupted)
     loss, norm = outcome.loss_nats, outcome.grad_norm
     finite = math.isfinite(loss) and math.isfinite(norm)
     scaled = math.isfinite(loss) and s.precision.scaler.may_skip
@@ -115,20 +116,24 @@ def _set_rates(s: Session) -> float:
     return lr
 
 
-def forward_backward(s: Session, *, ahead: int = 0, plain: Collection[str] = ()) -> Tensor:
+def forward_backward(
+    s: Session, *, ahead: int = 0, plain: Collection[str] = (), look: bool = False
+) -> Tensor:
     """Losses of this process's micro-batches at their places among all, elsewhere 0.
 
     The mean gradient is left in the parameters; those of the blocks `plain` keep it unrounded.
-    `ahead`: of a batch so many places further on.
+    `ahead`: of a batch so many places further on. `look`: the guard may look inside.
     """
     losses = torch.zeros(s.micro_batches, dtype=torch.float64, device=s.world.device)
     for i in range(s.accumulate):
         micro = s.world.rank + s.world.size * i
         s.precision.handle.set_step(s.step, micro=micro)
+        looks = s.guard.looks.around(i) if s.guard and look else nullcontext()
         last = i == s.accumulate - 1
         key = key_of(s.config.train.seed, s.step, micro)
         with random_state(key), synchronized(s.shared, s.world, last):
-            loss = next_token_loss(s.shared, batch_of(s, micro, ahead=ahead))
+            with looks:
+                loss = next_token_loss(s.shared, batch_of(s, micro, ahead=ahead))
             (loss * s.precision.scaler.scale).backward()
         losses[micro] = loss.detach()
     _finish_gradients(s, gradients_of(s), plain)
