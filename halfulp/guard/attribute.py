@@ -130,18 +130,13 @@ def _name_units(
     errors: Mapping[str, float],
     suspects: Mapping[str, float],
 ) -> Verdict:
-    """Leave-one-in: the smallest set of units whose fp32 removes most of the excess."""
-    growth = case.detector.growth(again.units)
+    """The smallest set of units whose fp32 removes most of the excess, or those that are noise."""
     # Of units that are equally wrong, the backward pass has met the last ones first.
     order = {unit: i for i, unit in enumerate(errors)}
     scored = sorted(errors, key=lambda u: (-_finite(errors[u]), -order[u]))
     candidates = [*suspects, *(u for u in scored if u not in suspects)][:CANDIDATES]
-    in_gradient = math.isfinite(again.loss) and not math.isfinite(again.norm)
-    excess = _excess(again, reference, in_gradient)
-    gains = {
-        unit: _excess(again, case.look("", off=(unit,), backward=in_gradient), in_gradient)
-        for unit in candidates
-    }
+    gains = _leave_one_in(case, again, reference, candidates)
+    growth = case.detector.growth(again.units)
     rows = tuple(
         {
             "unit": unit,
@@ -152,23 +147,34 @@ def _name_units(
         }
         for unit in candidates
     )
-    case.evidence["excess"] = excess
     ranked = sorted(gains, key=lambda u: -gains[u])
-    guilty = _smallest(ranked, gains, excess)
-    if guilty and math.isfinite(excess):
-        first, second = ([gains[u] for u in ranked] + [0.0])[:2]
-        margin = first / second if second > 0 else math.inf
-        if not suspects or ranked[0] in suspects:
-            return case.verdict(
-                PRECISION, guilty, rows=rows, margin=margin, backward=_noisy(guilty, errors)
-            )
-    if suspects:
-        # The loss does not mind (yet), or minds others more: the counters name the unit.
-        return case.verdict(PRECISION, list(suspects), rows=rows, margin=math.nan)
+    guilty = _smallest(ranked, gains, case.evidence["excess"])
     noisy = [unit for unit in scored if _finite(errors[unit]) >= NOISE]
+    first, second = ([gains[unit] for unit in ranked] + [0.0])[:2]
+    margin = first / second if second > 0 else math.inf
+    if suspects:
+        # Where the loss does not mind (yet), or minds others more, the counters name the unit.
+        both = [u for u in suspects if u in noisy or u in guilty] or list(suspects)
+        margin = margin if ranked[0] in suspects and first > 0 else math.nan
+        return case.verdict(PRECISION, both, rows=rows, margin=margin)
+    if guilty:
+        backward = any(unit in noisy for unit in guilty)
+        return case.verdict(PRECISION, guilty, rows=rows, margin=margin, backward=backward)
     if noisy:
-        return case.verdict(PRECISION, noisy[:CANDIDATES], rows=rows, margin=math.nan)
+        return case.verdict(PRECISION, noisy[:CANDIDATES], rows=rows)
     return case.verdict(UNKNOWN, rows=rows)
+
+
+def _leave_one_in(
+    case: _Case, again: Pass, reference: Pass, candidates: Sequence[str]
+) -> dict[str, float]:
+    """By how much each unit alone in fp32 makes the step better."""
+    in_gradient = math.isfinite(again.loss) and not math.isfinite(again.norm)
+    case.evidence["excess"] = _excess(again, reference, in_gradient)
+    return {
+        unit: _excess(again, case.look("", off=(unit,), backward=in_gradient), in_gradient)
+        for unit in candidates
+    }
 
 
 def _excess(again: Pass, other: Pass, in_gradient: bool) -> float:
@@ -194,10 +200,6 @@ def _errors(reference: Pass) -> dict[str, float]:
     """Relative error of each unit's gradient: ‖g_lp − g_hp‖ / ‖g_hp‖."""
     norms = reference.units
     return {u: d / norms[u] if norms[u] else 0.0 for u, d in reference.differences.items()}
-
-
-def _noisy(units: Sequence[str], errors: Mapping[str, float]) -> bool:
-    return any(_finite(errors.get(unit, 0.0)) >= NOISE for unit in units)
 
 
 def _equal(a: Pass, b: Pass, *, exact: bool) -> bool:
