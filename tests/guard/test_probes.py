@@ -315,9 +315,10 @@ def test_a_gap_between_looks_starts_anew():
 
 @pytest.mark.parametrize(
     "text",
-    ["e4m3", "e4m3@tensor:current", "e4m3@tensor:current:p2", "e4m3@row:current",
-     "int8@row:current", "e4m3@1x32:e8m0_up", "e4m3@1x128:current", "e2m1@1x16:nvfp4", "e2m1@16x16:nvfp4",
-     "e4m3@128x128:current:p2", "e4m3@1x32:e8m0_up:hadamard(32)", "e4m3@tensor:static(4)"],
+    ["e4m3", "e4m3@tensor:current", "e4m3@tensor:current:p2", "e4m3@tensor:static(4)",
+     "e4m3@row:current", "int8@row:current", "e4m3@1x32:e8m0_up", "e4m3@1x128:current",
+     "e2m1@1x16:nvfp4", "e2m1@16x16:nvfp4", "e4m3@128x128:current:p2",
+     "e4m3@1x32:e8m0_up:hadamard(32)"],
 )  # fmt: skip
 @pytest.mark.parametrize("shape", [(200, 160), (12, 32), (40, 5000)])
 def test_codes_are_those_of_the_quantized_weight(text, shape):
