@@ -20,6 +20,7 @@ RUNGS = ("nvfp4_all", "mxfp8", "te_current", "bf16_amp", "fp32")
 FALLBACK = "bf16_amp"
 LOCK = 500  # steps that a raised unit stays where it is; doubled each time it is raised again
 STRIKES = 3  # after so many it stays for good
+_HALF = "_forward_"  # between the recipes of the backward and of the forward pass
 _FORWARD = ("fprop_x", "fprop_w", "fprop_out", "fprop_accumulate")
 
 
@@ -146,6 +147,22 @@ class Ladder:
             return dict.fromkeys(self.blocks.blocks, self.fallback)
         return {b: self._at(unit, b).name for unit in units.names for b in units.blocks[unit]}
 
+    def above(self) -> list[str]:
+        """The blocks whose recipe is not that of the run's own policy, in the order of the map."""
+        own = {block: recipe.name for block, recipe in self._own.items()}
+        return [block for block, recipe in self.map().items() if recipe != own.get(block, recipe)]
+
+    def put(self, recipes: Mapping[str, str]) -> None:
+        """Climb to a part of a `map`: the recipe of every block that is to stand above its own."""
+        raised: dict[str, list[tuple[str, bool]]] = {}
+        for block, name in recipes.items():
+            lower, half, upper = name.rpartition(_HALF)
+            own = self._own[block].name
+            climbs = [(lower, False)] if half and lower != own else []
+            raised[self.units.of[block]] = [*climbs, (upper, bool(half))]
+        for unit, climbs in raised.items():
+            self.stands[unit] = Stand(climbs)
+
     def state(self) -> dict[str, Any]:
         """Everything that it knows beyond the run's policy, as plain values."""
         stands = {
@@ -221,7 +238,7 @@ def forward_of(upper: Recipe, lower: Recipe) -> Recipe:
         role: replace(spec, **{key: getattr(upper.gemms[role], key) for key in _FORWARD})
         for role, spec in lower.gemms.items()
     }
-    name = f"{lower.name}_forward_{upper.name}"
+    name = f"{lower.name}{_HALF}{upper.name}"
     summary = f"{lower.name} with the forward pass of {upper.name}."
     return replace(lower, name=name, gemms=gemms, summary=summary, keep=())
 

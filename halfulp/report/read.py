@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from halfulp.errors import RunError
+from halfulp.guard.keeper import STOP
+from halfulp.report.course import Course, Event, course_of
+from halfulp.report.incidents import Story, stories_of, was_guarded
 from halfulp.run import Run
 
 
@@ -52,7 +55,7 @@ class Record:
     name: str
     label: str
     recipe: str
-    state: str  # "finished" | "nonfinite" | "interrupted" | "unfinished" | "empty"
+    state: str  # "finished" | "nonfinite" | "stopped" | "interrupted" | "unfinished" | "empty"
     last_step: int
     planned_steps: int  # 0 = the configuration does not say
     loss: Curve
@@ -73,17 +76,28 @@ class Record:
     formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # operand → formats seen
     sharpness: tuple[Mapping[str, Any], ...] = ()  # its events, by step
     lr_ratios: tuple[Mapping[str, Any], ...] = ()  # its events, as they came
+    guarded: bool = False  # a guard watched the run
+    stories: tuple[Story, ...] = ()  # its incidents
+    withdrawn: tuple[Curve, ...] = ()  # training losses that a rollback took back, one curve each
 
     @property
     def broke_at(self) -> int:
         """The step that was not finite, or the last one."""
+        if self.stopped is not None:
+            return self.stopped.step
         return int(self.nonfinite.get("step", self.last_step))
 
     @property
+    def stopped(self) -> Story | None:
+        """The incident at which the guard stopped the run, if it did."""
+        ended = self.state == "stopped" and self.stories
+        return self.stories[-1] if ended and self.stories[-1].incident["action"] == STOP else None
+
+    @property
     def diverged(self) -> bool:
-        """The run says so, or its last loss is not finite."""
+        """The run says so, its guard stopped it, or its last loss is not finite."""
         last = self.loss.values[-1] if len(self.loss.values) else 0.0
-        said = bool(self.summary.get("diverged")) or self.state == "nonfinite"
+        said = bool(self.summary.get("diverged")) or self.state in ("nonfinite", "stopped")
         return said or bool(self.nonfinite) or not math.isfinite(last)
 
 
@@ -127,11 +141,11 @@ def _label(records: list[Record]) -> list[Record]:
 
 def _read(path: Path) -> Record:
     run = Run.open(path, writer=False)
-    events: dict[str, list[dict[str, Any]]] = {}
-    order: list[str] = []
-    for event in run.events():
+    every = list(run.events())
+    course = course_of(every)
+    events: dict[str, list[Event]] = {}
+    for event in course.events:
         events.setdefault(event.get("event", ""), []).append(event)
-        order.append(event.get("event", ""))
     config, summary = run.config(), run.summary()
     steps, evals = events.get("step", []), events.get("eval", [])
     last_step = max((int(e["step"]) for e in steps + evals if "step" in e), default=0)
@@ -143,7 +157,7 @@ def _read(path: Path) -> Record:
         name=path.resolve().name,
         label="",
         recipe=_recipe(summary, config, path),
-        state=_state(order, events, last_step),
+        state=_state(course, events, last_step),
         last_step=last_step,
         planned_steps=_planned(config, summary),
         loss=_curve(steps, "loss_nats"),
@@ -166,7 +180,14 @@ def _read(path: Path) -> Record:
         formats=_formats(tallies.values()),
         sharpness=_latest(events.get("sharpness", ())),
         lr_ratios=tuple(events.get("lr_ratios", ())),
+        stories=tuple(stories_of(every)),
+        guarded=was_guarded(config, every),
+        withdrawn=tuple(_curve(_only_steps(taken), "loss_nats") for taken in course.withdrawn),
     )
+
+
+def _only_steps(events: Iterable[Event]) -> list[Event]:
+    return [event for event in events if event.get("event") == "step"]
 
 
 def _recipe(summary: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> str:
@@ -185,8 +206,9 @@ def _planned(config: Mapping[str, Any], summary: Mapping[str, Any]) -> int:
     return int(steps or summary.get("steps") or 0)
 
 
-def _state(order: list[str], events: Mapping[str, list[dict[str, Any]]], last_step: int) -> str:
-    marks = [kind for kind in order if kind in ("start", "end")]
+def _state(course: Course, events: Mapping[str, list[Event]], last_step: int) -> str:
+    kinds = (event.get("event", "") for event in course.events)
+    marks = [kind for kind in kinds if kind in ("start", "end")]
     if not last_step and "nonfinite" not in events:
         return "empty"
     if marks and marks[-1] == "end":

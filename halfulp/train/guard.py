@@ -415,7 +415,8 @@ class SessionGuard:
         return tuple(ends)
 
     def _report(self, incident: Incident) -> None:
-        self.session.emit("guard", **incident.fields(), map=self.ladder.map())
+        ladder = self.ladder
+        self.session.emit("guard", **incident.fields(), map=ladder.map(), above=ladder.above())
 
 
 def stopped(s: Session, incident: Incident) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,15 @@ def build_model(config: ModelConfig, *, vocab: int, length: int, seed: int) -> B
     if path.is_dir() and _has_weights(path):
         return Built(_load(path), f"weights loaded from {path}")
     return Built(_random(hf, seed), f"random weights of seed {seed}, shape of {path}")
+
+
+def outline(config: ModelConfig) -> nn.Module:
+    """The modules of `config` without their values: names and shapes, but for the vocabulary's."""
+    path = Path(config.preset)
+    if path.is_dir() and config.preset not in PRESETS:
+        config = replace(config, preset=str(path / "config.json"))
+    with torch.device("meta"):
+        return build_model(config, vocab=1, length=1, seed=0).model
 
 
 def next_token_loss(model: nn.Module, batch_BT: torch.Tensor) -> torch.Tensor:

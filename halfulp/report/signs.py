@@ -1,0 +1,168 @@
+"""Signs: which signals of a run were abnormal up to an incident, in which block, and since when.
+
+Looked for in the run's own events: loss and gradient norm of every step, counters, warnings of the
+guard, and sharpness.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from halfulp.guard.detect import QUIET, WINDOW, Detector
+from halfulp.guard.keeper import MEMORY, NEAR
+from halfulp.guard.rules import RULE, readings_of
+from halfulp.train.counters import shares
+
+GROWN = 5.0  # sharpness over the median of its last measurements
+_EARLIER, _FEWEST = 8, 4  # so many of them, and the fewest that a median is taken of
+
+Event = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A signal above its threshold from `step` on, `lead` steps before the incident.
+
+    `block` is "" for the whole run. `first` is the value at `step`, `worst` the largest since.
+    """
+
+    signal: str
+    block: str
+    place: str
+    step: int
+    lead: int
+    first: float
+    worst: float
+    threshold: float
+
+
+class Look(NamedTuple):
+    """One value of a signal, and the threshold that it should not be above."""
+
+    step: int
+    value: float
+    threshold: float
+    place: str = ""
+
+
+Key = tuple[str, str]  # signal, block
+
+
+def signs_before(events: Sequence[Event], step: int) -> list[Sign]:
+    """The signs of the incident at `step` in the events before it, the earliest first.
+
+    A signal counts from its first abnormal look of the last 1,000 steps after which it was never
+    quiet for longer than 60 steps or two looks, up to the incident.
+    """
+    looks: dict[Key, list[Look]] = {}
+    for key, look in _looks(events, step):
+        looks.setdefault(key, []).append(look)
+    found = (_sign(key, mine, step) for key, mine in looks.items())
+    return sorted((s for s in found if s is not None), key=lambda s: (s.step, -_over(s)))
+
+
+def phases_of(steps: Sequence[Event]) -> set[int]:
+    """Steps after which the learning rate does something else: the first and last highest."""
+    rates = [(float(e.get("lr") or 0.0), int(e["step"])) for e in steps]
+    highest = max((rate for rate, _ in rates), default=0.0)
+    at = [step for rate, step in rates if rate == highest]
+    return {at[0], at[-1]} if at else set()
+
+
+def _sign(key: Key, looks: Sequence[Look], incident: int) -> Sign | None:
+    """The sign of one signal, from all looks at it."""
+    looks = [look for look in looks if incident - MEMORY <= look.step < incident]
+    gaps = [b.step - a.step for a, b in pairwise(looks)]
+    reach = max(NEAR, 2 * max(gaps, default=0))
+    abnormal = [look for look in looks if not look.value <= look.threshold]
+    episode: list[Look] = []
+    for look in reversed(abnormal):
+        until = episode[-1].step if episode else incident
+        if until - look.step > reach:
+            break
+        episode.append(look)
+    rule = RULE.get(key[0])
+    if not episode or (rule is not None and rule.look == "check" and len(episode) < rule.needs):
+        return None
+    first, worst = episode[-1], max(episode, key=lambda look: _rank(look.value))
+    return Sign(
+        *key, worst.place, first.step, incident - first.step, first.value, worst.value,
+        first.threshold,
+    )  # fmt: skip
+
+
+def _looks(events: Sequence[Event], incident: int) -> Iterator[tuple[Key, Look]]:
+    latest = _last_of_each_step(events)
+    yield from _of_steps(latest["step"], incident)
+    for event in latest["counters"]:
+        yield from _of_counters(event)
+    for event in events:
+        if event.get("event") == "signal":
+            key = str(event["rule"]), str(event["block"])
+            yield key, Look(event["step"], event["value"], event["threshold"], event["place"])
+    yield from _of_sharpness(latest["sharpness"])
+
+
+def _last_of_each_step(events: Iterable[Event]) -> dict[str, list[Event]]:
+    """Events by kind; one that was repeated after a resume counts once."""
+    found: dict[str, dict[int, Event]] = {"step": {}, "counters": {}, "sharpness": {}}
+    for event in events:
+        if event.get("event") in found:
+            found[event["event"]][int(event["step"])] = event
+    return {kind: [rows[step] for step in sorted(rows)] for kind, rows in found.items()}
+
+
+def _of_steps(steps: Sequence[Event], incident: int) -> Iterator[tuple[Key, Look]]:
+    detector, phases = Detector(), phases_of(steps)
+    for event in steps:
+        step, loss, norm = int(event["step"]), event.get("loss_nats"), event.get("grad_norm")
+        if loss is None or norm is None or not incident - MEMORY - WINDOW <= step <= incident:
+            continue
+        if math.isfinite(loss) and math.isfinite(norm):
+            z = detector.deviations(loss, norm)
+            detector.accept(loss, norm, {})
+        else:
+            z = {"z loss": math.inf, "z log norm": math.inf}
+        if step in phases:
+            detector.begin_phase()
+        yield ("loss", ""), Look(step, z["z loss"], QUIET)
+        yield ("gradient norm", ""), Look(step, z["z log norm"], QUIET)
+
+
+def _of_counters(event: Event) -> Iterator[tuple[Key, Look]]:
+    gemms, optimizer = event.get("gemms") or (), event.get("optimizer") or ()
+    worst: dict[Key, Look] = {}
+    for reading in readings_of(map(shares, gemms), map(shares, optimizer)):
+        rule, key = RULE[reading.rule], (reading.rule, reading.block)
+        threshold = min(t for t in (rule.warn, rule.act) if t is not None)
+        look = Look(int(event["step"]), reading.value, threshold, reading.place)
+        worst[key] = max(worst.get(key, look), look, key=lambda found: _rank(found.value))
+    yield from worst.items()
+
+
+def _of_sharpness(events: Sequence[Event]) -> Iterator[tuple[Key, Look]]:
+    """Each measurement over the median of those before it."""
+    earlier: dict[Key, list[float]] = {}
+    for event in events:
+        values = {("sharpness", r["block"]): r["sharpness"] for r in event.get("blocks") or ()}
+        logits = event.get("logits") or {}
+        if "sharpness" in logits:
+            values["logit sharpness", ""] = logits["sharpness"]
+        for key, value in values.items():
+            before = earlier.setdefault(key, [])
+            middle = statistics.median(before[-_EARLIER:]) if len(before) >= _FEWEST else 0.0
+            if middle > 0:
+                yield key, Look(int(event["step"]), value / middle, GROWN)
+            if math.isfinite(value):
+                before.append(value)
+
+
+def _over(sign: Sign) -> float:
+    return _rank(sign.worst) / sign.threshold if sign.threshold else math.inf
+
+
+def _rank(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
