@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfulp.cli.show import is_live, number, worst_counter
+from halfulp.guard.keeper import STOP
+from halfulp.report.guard_words import done, judged, seen, warning
 
 _SECONDS_BETWEEN_LINES = 10.0
+_WORTH_A_LINE = ("guard", "signal")  # also where a live table shows the rest
 _COLUMNS = ("run", "step", "loss", "held out", "in fp32", "tokens/s", "left", "worst counter")
 _COMPARED = ("run", "step", "loss", "held out", "Δ to first", "tokens/s", "left", "worst counter")
 
@@ -41,6 +44,8 @@ class Row:
             self.held_out_at[event["step"]] = event["loss_nats"]
         elif kind == "counters":
             self.counter = worst_counter(event)
+        elif kind == "guard":
+            self._take_incident(event)
         elif kind == "nonfinite":
             self.note = f"{event['what']} not finite in {event['block'] or 'no single block'}"
 
@@ -50,6 +55,12 @@ class Row:
             return ""
         minutes, seconds = divmod(round(self._seconds * (self.steps - self.step)), 60)
         return f"{minutes}:{seconds:02d}"
+
+    def _take_incident(self, event: Mapping[str, Any]) -> None:
+        self.step = event["to"]
+        self._tokens = 0  # after a rollback they are fewer
+        if event["action"] == STOP:
+            self.note = f"stopped by the guard: {done(event)}"
 
     def _take_step(self, event: Mapping[str, Any]) -> None:
         self.step, self.loss = event["step"], _smooth(self.loss, event["loss_nats"])
@@ -90,9 +101,12 @@ class Progress:
         """Show one event of the run begun last."""
         row = self.rows[-1]
         row.update(event)
+        line = _line(row, event)
         if self._live is not None:
             self._live.update(self._table())
-        elif line := _line(row, event):
+            if line and event["event"] in _WORTH_A_LINE:
+                self._live.console.print(f"{row.name}: {line}", markup=False, highlight=False)
+        elif line:
             now = time.monotonic()
             if event["event"] != "step" or now - self._last_line > _SECONDS_BETWEEN_LINES:
                 self._last_line = now
@@ -139,6 +153,10 @@ def _line(row: Row, event: Mapping[str, Any]) -> str:
     if kind == "lr_ratios":
         ratios = ", ".join(f"{name} {ratio:.3g}" for name, ratio in event["ratios"].items())
         return f"step {event['step']}: learning rates × {ratios} ({event['why']})"
+    if kind == "guard":
+        return f"step {event['step']}: {seen(event)} → {judged(event)}: {done(event)}"
+    if kind == "signal":
+        return f"step {event['step']}: {warning(event)}"
     if kind == "checkpoint":
         return f"step {event['step']}: wrote {event['path']}"
     return row.note if kind == "nonfinite" else ""

@@ -24,10 +24,8 @@ class Course:
 
 def course_of(events: Iterable[Event]) -> Course:
     """The course that a run has taken in the end. Incidents stay, whatever they have undone."""
-    course = Course(())
-    for course in courses(events):
-        pass
-    return course
+    *_, last = courses(events)
+    return last
 
 
 def courses(events: Iterable[Event]) -> Iterator[Course]:

@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from halfulp.guard.attribute import HARDWARE
+from halfulp.guard.attribute import UNKNOWN as CANNOT_TELL
+from halfulp.report import guard_words as say
 from halfulp.report import words
 from halfulp.report.counters import COUNTERS, Counter, level, overall
 from halfulp.report.price import FAIL, PASS, UNKNOWN, Price, price_all, progress
@@ -13,6 +16,7 @@ from halfulp.report.read import Record, read_runs
 BAR_NATS = 0.01
 
 _SEED = "One seed and one data order: the ± does not contain what another seed would change."
+_ACTED = "A run that its guard has helped says what recipe and guard can do together."
 _SEEN = "Counters see what was rounded away, not whether the loss minds."
 
 
@@ -21,8 +25,8 @@ class Finding:
     """A sentence with its verdict and the numbers it stands on.
 
     `run` is the label of the run, empty for the overall verdict, which comes first. `topic` is
-    "overall", "price", "scale", "loss_scale", "counters" or the name of one counter. `caveat` says
-    what the sentence does not tell.
+    "overall", "price", "guard", "scale", "loss_scale", "counters" or the name of one counter.
+    `caveat` says what the sentence does not tell.
     """
 
     verdict: str
@@ -48,6 +52,7 @@ def judge_all(prices: Sequence[Price], bar_nats: float) -> list[Finding]:
     found = [_overall(prices, bar_nats)]
     for price in prices:
         found += [] if _is_settled(price) else [_price(price, bar_nats)]
+        found += _guard(price.run)
         found += _counters(price.run)
     return found
 
@@ -108,7 +113,8 @@ def _stand_in(judged: Sequence[Price]) -> str:
 
 
 def _worst(judged: Sequence[Price]) -> str:
-    broken = [p.run.label for p in judged if p.run.diverged]
+    stopped = [p.run.label for p in judged if p.run.stopped]
+    broken = [p.run.label for p in judged if p.run.diverged and not p.run.stopped]
     failed = [p for p in judged if p.verdict == FAIL and math.isfinite(p.nats)]
     failed = [p for p in failed if not p.run.diverged]
     parts = []
@@ -118,6 +124,9 @@ def _worst(judged: Sequence[Price]) -> str:
         parts.append(f"{worst.run.label} costs{most} {words.nats(worst.nats)} nats.")
     if broken:
         parts.append(f"{words.listing(broken, most=3)} broke down.")
+    if stopped:
+        verb = "was stopped by its guard" if len(stopped) == 1 else "were stopped by their guards"
+        parts.append(f"{words.listing(stopped, most=3)} {verb}.")
     return " ".join(parts)
 
 
@@ -161,6 +170,13 @@ def _evidence(price: Price) -> dict[str, float | str]:
 
 def _broken(record: Record) -> str:
     event = record.nonfinite
+    if record.stopped is not None:
+        incident = record.stopped.incident
+        return (
+            f"{record.label} was stopped by its guard at step {record.broke_at:,}: "
+            f"{say.done(incident)}. It saw {say.seen(incident)}; its verdict: "
+            f"{say.judged(incident)}."
+        )
     if not event:
         return f"{record.label} diverged: its loss ended no better than it began, or not finite."
     block = f" in {event['block']}" if event.get("block") else ""
@@ -175,6 +191,32 @@ def _broken_evidence(record: Record) -> dict[str, float | str]:
     event = record.nonfinite
     named = {name: str(event.get(name) or "") for name in ("block", "what")}
     return {"step": float(record.broke_at), **named}
+
+
+def _guard(record: Record) -> list[Finding]:
+    """What the guard did: a fail where the recipe did not hold, open where a part of it did not."""
+    stories = record.stories
+    if not stories:
+        return []
+    raised, fallback = say.raised_at_the_end(stories), say.fell_back(stories)
+    text = f"{record.label}: the guard {say.acted(stories)}"
+    text += f"; it cost {words.share(record.cost_share)} of the run." if record.cost.steps else "."
+    if fallback:
+        text += f" The whole model fell back to {fallback}."
+    elif raised:
+        text += f" Raised at the end: {words.listing(list(raised), most=4)}."
+    verdicts = {str(story.incident["verdict"]) for story in stories}
+    failed = fallback or record.stopped or HARDWARE in verdicts
+    verdict = FAIL if failed else UNKNOWN if raised or CANNOT_TELL in verdicts else PASS
+    evidence: dict[str, float | str] = {
+        "incidents": float(len(stories)),
+        "withheld": record.cost.withheld,
+        "replayed": record.cost.replayed,
+        "passes": record.cost.passes,
+        "share": record.cost_share,
+        "raised": float(len(raised)),
+    }
+    return [Finding(verdict, text, record.label, "guard", evidence, _ACTED)]
 
 
 def _counters(record: Record) -> list[Finding]:

@@ -9,6 +9,8 @@ from halfulp.report.counters import COUNTERS, Counter, Strip, strip
 from halfulp.report.curves import loss_figure
 from halfulp.report.document import claim, document, figure_card, save
 from halfulp.report.findings import BAR_NATS, Finding, judge_all
+from halfulp.report.guard_section import STYLE as GUARD_STYLE
+from halfulp.report.guard_section import guard_section
 from halfulp.report.html import Child, Markup, join, tag
 from halfulp.report.price import FAIL, PASS, UNKNOWN, Price, price_all
 from halfulp.report.rates_section import rates_section
@@ -61,6 +63,7 @@ def render_page(
         _first_screen(prices, found, name),
         _observed(found),
         _losses(prices, bar_nats),
+        guard_section(records),
         _counters(records),
         sharpness_section(records),
         rates_section(records),
@@ -68,7 +71,8 @@ def render_page(
         _made(records),
         _footer(prices, bar_nats),
     )
-    return document(name, body)
+    guarded = any(record.guarded for record in records)
+    return document(name, body, style=GUARD_STYLE if guarded else "")
 
 
 def _title(records: Sequence[Record]) -> str:
@@ -121,7 +125,8 @@ def _first_breakdown(prices: Sequence[Price]) -> _Number | None:
     others = f" and {len(broken) - 1} more later" if len(broken) > 1 else ""
     block = first.nonfinite.get("block")
     where = f" in {block}" if block else ""
-    return f"step {first.broke_at:,}", "the run broke down", f"{first.label}{where}{others}"
+    what = "the run was stopped by its guard" if first.stopped else "the run broke down"
+    return f"step {first.broke_at:,}", what, f"{first.label}{where}{others}"
 
 
 def _largest_price(prices: Sequence[Price]) -> _Number | None:

@@ -22,7 +22,7 @@ _HARMLESS = frozenset(
         *("device", "threads", "parallel", "compile", "activation_checkpointing"),
     )
 )
-_OTHER_SECTIONS = ("run", "policy", "name", "sharpness")
+_OTHER_SECTIONS = ("run", "policy", "name", "sharpness", "guard")
 
 
 @dataclass(frozen=True)

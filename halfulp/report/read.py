@@ -11,7 +11,7 @@ import numpy as np
 from halfulp.errors import RunError
 from halfulp.guard.keeper import STOP
 from halfulp.report.course import Course, Event, course_of
-from halfulp.report.incidents import Story, stories_of, was_guarded
+from halfulp.report.incidents import Cost, Story, cost_of, stories_of, was_guarded
 from halfulp.run import Run
 
 
@@ -92,6 +92,17 @@ class Record:
         """The incident at which the guard stopped the run, if it did."""
         ended = self.state == "stopped" and self.stories
         return self.stories[-1] if ended and self.stories[-1].incident["action"] == STOP else None
+
+    @property
+    def cost(self) -> Cost:
+        """What the guard has spent."""
+        return cost_of(story.incident for story in self.stories)
+
+    @property
+    def cost_share(self) -> float:
+        """The same as a share of the run; nan where its length is not known."""
+        steps = self.planned_steps or self.last_step
+        return self.cost.steps / steps if steps else math.nan
 
     @property
     def diverged(self) -> bool:

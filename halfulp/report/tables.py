@@ -8,6 +8,7 @@ import numpy as np
 
 from halfulp.report import words
 from halfulp.report.counters import Strip
+from halfulp.report.guard_words import raised_at_the_end
 from halfulp.report.html import Child, Markup, join, table, tag
 from halfulp.report.price import FAIL, PASS, Price, flatten
 from halfulp.report.read import Record
@@ -38,7 +39,9 @@ def runs_table(prices: Sequence[Price]) -> Markup:
 def _run_row(price: Price, paired: bool) -> list[Child]:
     record = price.run
     name = None if record.name == record.label else tag("small", record.name)
-    row: list[Child] = [join(record.label, name), _verdict(price)]
+    raised = len(raised_at_the_end(record.stories))
+    guard = tag("small", f"{raised} blocks raised by its guard") if raised else None
+    row: list[Child] = [join(record.label, name, guard), _verdict(price)]
     row += [_last(record.held_out.values), _last(record.held_out_fp32.values)]
     if paired:
         row += [_delta(price), _meaning(price)]
@@ -80,7 +83,9 @@ def _meaning(price: Price) -> Child:
 
 def _ending(record: Record) -> Child:
     """Steps taken, and how the run ended unless it finished."""
-    if record.diverged:
+    if record.stopped is not None:
+        note = "stopped by its guard"
+    elif record.diverged:
         block = record.nonfinite.get("block")
         note = f"diverged in {block}" if block else "diverged"
     elif record.state == "finished":

@@ -263,3 +263,106 @@ def six_runs(root: Path) -> list[Path]:
         write_run(root / "fp8_unscaled", "fp8_unscaled", price=0.29, rows=unscaled_rows),
         write_run(root / "nvfp4", "nvfp4", price=0.0085, scatter=0.02, rows=nvfp4_rows, speed=7900),
     ]
+
+
+def act(step: int, action: str, to: int = -1, **more: Any) -> dict[str, Any]:
+    """An incident as the guard records it, with a verdict that fits its action."""
+    units = more.pop("units", ["layers.1.ffn"])
+    held = action in ("retry", "skip", "roll back", "stop")
+    to = to if to >= 0 else step - held
+    verdict = {"skip": "data", "roll back": "state or learning rate", "stop": "could not tell"}
+    fields: dict[str, Any] = {
+        "step": step,
+        "trigger": "spike" if held else "numeric",
+        "onset": step,
+        "signals": {"z loss": 31.9, "z log norm": 11.1},
+        "verdict": verdict.get(action, "precision"),
+        "units": units,
+        "evidence": {
+            "same arithmetic": {"loss": 5.25, "norm": 82.2},
+            "reference": {"loss": 2.31, "norm": 0.9},
+            "excess": 2.94,
+        },
+        "rows": [
+            {"unit": unit, "gain": 2.5 / k, "gradient_error": 0.7 / k, "growth": 9.0 / k}
+            for k, unit in enumerate([*units, "layers.0.vo"], 1)
+        ],
+        "margin": 2.0,
+        "level": 1,
+        "action": action,
+        "to": to,
+        "done": [f"what was done at {step}"],
+        "raised": {},
+        "cost": {"withheld": float(held), "passes": 6.0, "replayed": float(step - held - to)},
+        "above": {},
+    }
+    return fields | more
+
+
+def write_guarded(
+    path: Path,
+    recipe: str,
+    acts: list[dict[str, Any]],
+    *,
+    steps: int = STEPS,
+    settings: dict[str, Any] | None = None,
+    rows: Callable[[float, np.random.Generator], dict[str, list[dict[str, Any]]]] | None = None,
+) -> Path:
+    """A run whose guard does `acts`, in this order; `above` of an act: the blocks that stand higher
+    after it, and their recipes. A rollback is followed by the same steps with another loss."""
+    asked = {**config(recipe), **(settings or {}), "guard": {"on": True}}
+    rng, loss, waiting = np.random.default_rng(7), loss_curve(steps), list(acts)
+    every = ["emb", *blocks(), "norm", "head"]
+    with Run.create(path, asked, command=["halfulp", "train"]) as run:
+        run.write("start", command=["halfulp", "train"], world=1, step=0)
+        step, reason = 0, "finished"
+        while step < steps:
+            held = bool(waiting) and waiting[0]["step"] == step + 1
+            if held and waiting[0]["cost"]["withheld"]:
+                incident = waiting.pop(0)
+                step = _write_incident(run, incident, recipe, every)
+                if incident["action"] == "stop":
+                    reason = "stopped"
+                    break
+                continue
+            step += 1
+            value = float(loss[step - 1] + rng.normal(0, 0.03))
+            run.write(
+                "step", step=step, loss_nats=value, grad_norm=float(0.5 + 3 / step), lr=1e-3,
+                tokens=2048 * step, seconds=0.2,
+            )  # fmt: skip
+            if step % 50 == 0:
+                run.write("eval", step=step, loss_nats=value, loss_nats_fp32=value, tokens=65536)
+            if rows and step % EVERY == 0:
+                run.write("counters", step=step, **rows(step / steps, rng))
+            while waiting and waiting[0]["step"] == step and not waiting[0]["cost"]["withheld"]:
+                _write_incident(run, waiting.pop(0), recipe, every)
+        run.write("end", step=step, reason=reason)
+        run.summarize(
+            name=path.name, recipe=recipe, steps=step, tokens=2048 * step, reason=reason,
+            tokens_per_second=9000.0, diverged=reason == "stopped",
+        )  # fmt: skip
+    return path
+
+
+def _write_incident(run: Run, act: dict[str, Any], recipe: str, every: list[str]) -> int:
+    higher = act["above"]
+    run.write("guard", **{**act, "above": list(higher)}, map=dict.fromkeys(every, recipe) | higher)
+    return act["to"]
+
+
+def thirty_acts() -> list[dict[str, Any]]:
+    """Thirty incidents of all kinds, some of them close together, with blocks going up and down."""
+    acts, higher, names = [], dict[str, str](), blocks()
+    for k in range(28):
+        step = 100 + 13 * k + (k % 3) * 2
+        kind = ("raise", "skip", "retry", "raise", "roll back")[k % 5]
+        if kind in ("raise", "retry"):
+            block = names[k % len(names)]
+            rung = ("te_current", "te_current_forward_bf16_amp", "bf16_amp")[k % 3]
+            higher = {**higher, block: rung}
+        to = {"to": step - 40} if kind == "roll back" else {}
+        acts.append(act(step, kind, above=dict(higher), units=[names[k % len(names)]], **to))
+    acts.append(act(484, "lower", above=dict(list(higher.items())[:-2])))
+    acts.append(act(490, "stop", above=dict(list(higher.items())[:-2]), units=names))
+    return acts
