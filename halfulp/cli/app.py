@@ -5,6 +5,7 @@ import typer
 from halfulp.cli.check import CheckCommand, check
 from halfulp.cli.demo import demo
 from halfulp.cli.formats import formats
+from halfulp.cli.guard import guard
 from halfulp.cli.info import info
 from halfulp.cli.recipes import recipes
 from halfulp.cli.report import report
@@ -23,3 +24,4 @@ app = typer.Typer(
 )
 for command in (demo, train, check, sharpness, report, recipes, formats, info):
     app.command(cls=CheckCommand if command is check else None)(command)
+app.add_typer(guard)
