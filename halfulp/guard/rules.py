@@ -230,6 +230,20 @@ RULES = (
         source="PaLM (arXiv:2204.02311)",
     ),
     Rule(
+        name="logits_sharpness",
+        failure="F8",
+        signal="logarithm of the centered sharpness of the logits above its own history",
+        unit="robust deviations",
+        look="measurement",
+        window=3,
+        needs=3,
+        warn=6.0,
+        act=None,
+        raises=False,
+        remedy="a lower learning rate, or more precision where the counters point",
+        source="arXiv:2405.18710",
+    ),
+    Rule(
         name="gradient_noise",
         failure="F14",
         signal="norm of the difference of a block's gradient from the reference one, over the "

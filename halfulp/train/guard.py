@@ -3,6 +3,7 @@
 import math
 import os
 import shlex
+import statistics
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -39,6 +40,8 @@ from halfulp.train.step import (
 )
 
 SHADOW = 250  # steps between two comparisons of all gradients with the reference ones
+_KNOWN, _REMEMBERED = 8, 32  # measurements of the logits' sharpness
+_LEAST_SPREAD = 0.05
 STORAGE = ("lost_updates", "v_underflow")  # rules on how weights and moments are stored
 
 
@@ -258,6 +261,8 @@ class SessionGuard:
             Ring(section.snapshot_every, section.snapshots),
         )
         self.numeric, self.looks = Numeric(), Looks(session, blocks)
+        self._logits: list[float] = []  # logarithms of their sharpness, oldest first
+        self._pending: list[Reading] = []
         self._index: tuple[list[str], Tensor] | None = None
 
     def begin(self) -> None:
@@ -292,7 +297,8 @@ class SessionGuard:
         s = self.session
         readings = readings_of(s.precision.handle.stale())
         readings += readings_of(map(shares, gemms), map(shares, optimizer))
-        readings += self.looks.take() + self._shadow()
+        readings += self.looks.take() + self._shadow() + self._pending
+        self._pending = []
         findings = self.numeric.observe(s.step, readings)
         for finding in findings:
             if finding.level == "warn":
@@ -301,6 +307,17 @@ class SessionGuard:
         for storage in (False, True):
             self._raise([f for f in acts if (f.rule in STORAGE) == storage], storage=storage)
         self.keeper.descend(s.step)
+
+    def see_logits(self, sharpness: float) -> None:
+        """Take in a measurement of the centered sharpness of the logits."""
+        history = self._logits
+        if len(history) >= _KNOWN and sharpness > 0:
+            middle = statistics.median(history)
+            spread = 1.4826 * statistics.median(abs(value - middle) for value in history)
+            z = (math.log(sharpness) - middle) / max(spread, _LEAST_SPREAD)
+            self._pending = [Reading("logits_sharpness", "head", "logits", z)]
+        if sharpness > 0:
+            self._logits = [*history, math.log(sharpness)][-_REMEMBERED:]
 
     def _shadow(self) -> list[Reading]:
         """Every SHADOW steps: how far each unit's gradient is from that of the reference."""
@@ -381,12 +398,16 @@ class SessionGuard:
             if self.session.config.guard.save_snapshots
         ]
         numeric = self.numeric.state_dict()
-        return {"keeper": self.keeper.state(), "numeric": numeric, "ring": ring}
+        pending = [vars(reading) for reading in self._pending]
+        state = {"keeper": self.keeper.state(), "numeric": numeric, "ring": ring}
+        return state | {"logits": list(self._logits), "pending": pending}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Put back what `state` holds and the policy in force; snapshots follow by `load_ring`."""
         self.keeper.load(state["keeper"])
         self.numeric.load_state_dict(state["numeric"])
+        self._logits = list(state["logits"])
+        self._pending = [Reading(**reading) for reading in state["pending"]]
         if self.ladder.is_raised:
             self.session.precision.put(self.ladder.policy())
 

@@ -135,6 +135,8 @@ def _one_step(s: Session, interrupt: Interrupt) -> bool:
     if _due(s.step, s.config.sharpness.every):
         measured = measure(s, draws=s.config.sharpness.draws, key=MONITOR)
         s.emit("sharpness", step=s.step, **fields_of(measured))
+        if s.guard is not None:
+            s.guard.see_logits(measured.logits.sharpness_centered)
     if _due(s.step, train.eval_every):
         _evaluate(s)
     if s.guard is not None:
