@@ -333,7 +333,7 @@ class SessionGuard:
         s.emit("gradient_error", step=s.step, units=errors)
         units = self.host.units
         return [
-            Reading("gradient_noise", units.blocks[unit][0], "gradient", error, backward=True)
+            Reading("gradient_noise", units.blocks[unit][0], f"{unit} gradient", error, True)
             for unit, error in errors.items()
         ]
 
