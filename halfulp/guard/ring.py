@@ -11,7 +11,7 @@ from halfulp.errors import ConfigError
 
 EVERY = 50  # steps between two snapshots, and quiet steps after which one is good
 KEPT = 4  # newest
-OLDER = (200, 800)  # steps back of one older snapshot each
+OLDER = (200, 800)  # steps back of one older snapshot each, at most
 
 
 @dataclass
@@ -40,14 +40,16 @@ class Ring:
     def put(self, snapshot: Snapshot) -> None:
         """Keep `snapshot`, the newest ones, one for each older distance, and the last good one.
 
-        The first snapshot of a run is good: nothing has happened before it.
+        For each distance it is the oldest good one that lies no farther back: it grows older until
+        it has to go, and the oldest one within the next smaller distance takes its place. The first
+        snapshot of a run is good: nothing has happened before it.
         """
         snapshot.good = snapshot.good or not self.snapshots
         self.snapshots = [*self.snapshots, snapshot]
         keep = {s.step for s in self.snapshots[-self.kept :]}
         for back in OLDER:
-            older = [s for s in self.snapshots if snapshot.step - s.step >= back and s.good]
-            keep |= {s.step for s in older[-1:]}
+            older = [s for s in self.snapshots if snapshot.step - s.step <= back and s.good]
+            keep |= {s.step for s in older[:1]}
         keep |= {s.step for s in [s for s in self.snapshots if s.good][-1:]}
         self.snapshots = [s for s in self.snapshots if s.step in keep]
 
