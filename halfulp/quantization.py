@@ -208,8 +208,8 @@ class Quantized:
         """Counters since the last call, one row per GEMM operand, and forget them.
 
         Rows: block, gemm, operand ("fprop.x"), format, n (elements), saturated, underflow,
-        underflow_energy, amax and, for delayed scaling, stale (amax over the amax of the scale
-        used; above 1 the tensor outgrew it). Definitions: halfulp.numerics.statistics.
+        energy, underflow_energy, amax and, for delayed scaling, stale (amax over the amax of the
+        scale used; above 1 the tensor outgrew it). Definitions: halfulp.numerics.statistics.
         """
         rows = []
         for site in self.sites.values():

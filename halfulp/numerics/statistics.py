@@ -5,7 +5,8 @@ Definitions (per call, over all elements of the operand):
 * saturated: share of elements with |x| · s > L (1 + 2^-20), s the scale and L the largest finite
   value; the margin leaves out the rounding of s itself.
 * underflow: share of the nonzero elements that became zero.
-* underflow_energy: their share of Σ x².
+* energy: Σ x².
+* underflow_energy: the share of these elements in it.
 * amax: max |x|.
 """
 
@@ -82,6 +83,7 @@ def shares(sums: Tensor) -> dict[str, float]:
         "n": n,
         "saturated": saturated / max(n, 1.0),
         "underflow": dropped / max(nonzero, 1.0),
+        "energy": energy,
         "underflow_energy": lost / energy if energy else 0.0,
         "amax": amax,
     }

@@ -13,7 +13,7 @@ from typing import Any
 _OF_N = ("saturated", "underflow", "asked", "lost_decay", "v_underflow")
 _OF_ASKED = ("unchanged", "lost_updates")
 _LARGEST = ("amax", "stale")
-_ADDED = ("n", *_OF_N, *_OF_ASKED)
+_ADDED = ("n", "energy", *_OF_N, *_OF_ASKED)
 
 
 def counts(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,6 +47,10 @@ def _add(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             total[key] = sum(values)
         elif key in _LARGEST:
             total[key] = max(values)
+        elif key == "underflow_energy":
+            energies = [row["energy"] for row in rows]
+            lost = sum(x * energy for x, energy in zip(values, energies, strict=True))
+            total[key] = lost / sum(energies) if any(energies) else 0.0
         elif key == "update_rms":
             squares = (row["n"] * row[key] ** 2 for row in rows)
             total[key] = math.sqrt(sum(squares) / max(n, 1))

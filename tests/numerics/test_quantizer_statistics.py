@@ -37,6 +37,7 @@ def brute_force(x: torch.Tensor, text: str) -> dict[str, float]:
         "n": v.size,
         "saturated": float(np.mean(np.abs(v) * s > q.format.largest * (1 + 2.0**-20))),
         "underflow": dropped.sum() / (v != 0).sum(),
+        "energy": (v**2).sum(),
         "underflow_energy": (v[dropped] ** 2).sum() / (v**2).sum(),
         "amax": np.abs(v).max(),
     }
@@ -83,7 +84,8 @@ def test_non_finite_operands_show_in_amax(bad):
 
 def test_zeros_are_no_underflow():
     row = counted(torch.zeros(4, 32), "e4m3@1x32:e8m0_up")
-    assert row == {"n": 128, "saturated": 0, "underflow": 0, "underflow_energy": 0, "amax": 0}
+    zeros = dict.fromkeys(("saturated", "underflow", "energy", "underflow_energy", "amax"), 0)
+    assert row == {"n": 128} | zeros
 
 
 def test_merge_equals_one_call():
