@@ -1,6 +1,8 @@
 """Faults that a drill injects into a run, each as it happens in real ones."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,15 @@ class Fault:
     def tokens(self, position: int, batch: Tensor) -> Tensor:
         """The batch as the run gets to see it."""
         return batch
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: what has happened, but for hooks on the model."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.init}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 @dataclass

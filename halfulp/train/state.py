@@ -54,8 +54,8 @@ def restore(s: Session, content: Checkpoint) -> None:
     s.step, s.tokens = content.step, content.state["tokens"]
     s.seconds, s.evaluation = content.state["seconds"], content.state["evaluation"]
     s.first_loss_nats, s.saved = content.state["first_loss_nats"], content.step
-    for fault, done in zip(s.faults, content.state["faults"], strict=False):
-        fault.done = done
+    for fault, state in zip(s.faults, content.state["faults"], strict=False):
+        fault.load(state)
 
 
 def check_replicas(s: Session) -> None:
@@ -163,7 +163,7 @@ def _facts(s: Session) -> dict[str, Any]:
         "evaluation": s.evaluation,
         "first_loss_nats": s.first_loss_nats,
         "events": s.run.written,
-        "faults": [fault.done for fault in s.faults],
+        "faults": [fault.state() for fault in s.faults],
         "random": "no state: every random number is a function of (seed, step, micro-batch, name)",
         "seed": s.config.train.seed,
         **_digests(s),

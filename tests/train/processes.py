@@ -5,10 +5,12 @@ import os
 import signal
 import socket
 import traceback
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from halfulp.errors import HalfulpError
+from halfulp.guard.faults import Fault
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["transformers.models.llama.modeling_llama", "halfulp.train.loop"])
@@ -21,29 +23,33 @@ def start(task, *arguments) -> BaseProcess:
     return process
 
 
-def train_or_resume(raw: dict, path: Path) -> None:
+def train_or_resume(raw: dict, path: Path, faults=()) -> None:
     """Train the configuration `raw` at `path`, from its last checkpoint if it was begun."""
     from halfulp.train.config import load_config
     from halfulp.train.loop import config_of, train
 
     if (path / "config.toml").exists():
-        train(config_of(path), resume=path)
+        train(config_of(path), resume=path, faults=faults)
     else:
-        train(load_config(raw))
+        train(load_config(raw), faults=faults)
 
 
-def train_together(raw: dict, size: int = 2, resume: Path | None = None, prepare=None) -> list[str]:
+def train_together(
+    raw: dict, size: int = 2, resume: Path | None = None, prepare=None, faults=()
+) -> list[str]:
     """Train `raw` with `size` processes, as torchrun would start them.
 
-    Each calls `prepare(rank)` first. The reason or the HalfulpError of each process, by rank.
+    Each calls `prepare(rank)` first and has the same `faults`. The reason or the HalfulpError of
+    each process, by rank.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     queue = CONTEXT.SimpleQueue()
-    ranks = [start(_rank, raw, rank, size, port, resume, prepare, queue) for rank in range(size)]
+    more = (size, port, resume, prepare, queue, faults)
+    ranks = [start(_rank, raw, rank, *more) for rank in range(size)]
     for process in ranks:
-        process.join(60)
+        process.join(120)
         if process.is_alive():
             process.kill()
     said = dict(queue.get() for _ in ranks if not queue.empty())
@@ -51,7 +57,9 @@ def train_together(raw: dict, size: int = 2, resume: Path | None = None, prepare
     return [said[rank] for rank in range(size)]
 
 
-def _rank(raw: dict, rank: int, size: int, port: int, resume: Path | None, prepare, queue) -> None:
+def _rank(
+    raw: dict, rank: int, size: int, port: int, resume: Path | None, prepare, queue, faults=()
+) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
@@ -60,11 +68,30 @@ def _rank(raw: dict, rank: int, size: int, port: int, resume: Path | None, prepa
 
         if prepare is not None:
             prepare(rank)
-        queue.put((rank, train(load_config(raw), resume=resume).reason))
+        queue.put((rank, train(load_config(raw), resume=resume, faults=faults).reason))
     except HalfulpError as error:
         queue.put((rank, f"{type(error).__name__}: {error}"))
     except BaseException:
         queue.put((rank, traceback.format_exc()))
+
+
+@dataclass
+class OnRank1(Fault):
+    """`fault` hits the copy of the model that rank 1 holds, and no other."""
+
+    fault: Fault | None = None
+
+    def damage(self, model, handle, optimizer) -> None:
+        if self.fault is not None and os.environ["RANK"] == "1":
+            self.fault.damage(model, handle, optimizer)
+
+
+@dataclass
+class Killed(Fault):
+    """The process is killed."""
+
+    def damage(self, model, handle, optimizer) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def poison_rank_1(rank: int) -> None:
