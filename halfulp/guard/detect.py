@@ -9,6 +9,7 @@ weights are watched themselves: their norms move slowly, whatever the optimizer 
 import math
 import statistics
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,8 +180,7 @@ class Detector:
     def state(self) -> dict[str, Any]:
         """Everything it knows, as plain values."""
         plain = {key: value for key, value in vars(self).items() if key not in ("loss", "norm")}
-        plain |= {"spikes": list(self.spikes), "units": dict(self.units)}
-        return plain | {"loss": list(self.loss.values), "norm": list(self.norm.values)}
+        return deepcopy(plain | {"loss": self.loss.values, "norm": self.norm.values})
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
