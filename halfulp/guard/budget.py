@@ -25,11 +25,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Exceeded:
-    """A budget that is used up: its name, why, and a value with which the run could go on."""
+    """A budget that is used up: its name, why, and a value with which the run could go on.
+
+    None where the whole run would not be enough.
+    """
 
     budget: str
     why: str
-    enough: float
+    enough: float | None
 
     def __str__(self) -> str:
         return self.why
@@ -85,6 +88,6 @@ class Spent:
             setattr(self, key, list(value) if isinstance(value, list) else value)
 
 
-def _twice(wasted: float, steps: int) -> float:
-    """Twice the share of the run that is wasted, as a budget; at most the whole run."""
-    return min(1.0, math.ceil(200 * wasted / steps) / 100)
+def _twice(wasted: float, steps: int) -> float | None:
+    """Twice the share of the run that is wasted, as a budget of at most 1; None if 1 is too low."""
+    return min(1.0, math.ceil(200 * wasted / steps) / 100) if wasted <= steps else None

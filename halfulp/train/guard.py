@@ -453,7 +453,8 @@ def stopped(s: Session, incident: Incident) -> str:
 
 def _cure(s: Session, incident: Incident) -> str:
     resume = shlex.join(["halfulp", "train", "--resume", str(s.run.path)])
-    if over := incident.exceeded:
+    over = incident.exceeded
+    if over is not None and over.enough is not None:
         return f"To go on with a larger budget: {resume} --set guard.{over.budget}={over.enough:g}"
     if incident.verdict.kind == HARDWARE:
         return f"To go on from the last checkpoint, on another machine: {resume}"

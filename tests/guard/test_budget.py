@@ -31,6 +31,9 @@ def test_the_first_rollback_is_free_and_the_second_is_booked():
     assert str(over) == "199 of 200 steps would be wasted (guard.wasted = 0.05)"
     assert over.enough == 1.0
     assert spent.cannot_replay(Budget(wasted=1.0), steps=200, step=180, more=50) is None
+    hopeless = spent.cannot_replay(Budget(wasted=1.0), steps=200, step=180, more=52)
+    assert hopeless is not None
+    assert hopeless.enough is None
 
 
 @pytest.mark.parametrize(("step", "refused"), [(9_000, True), (10_099, True), (10_100, False)])

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from processes import Killed, OnRank1, train_together
-from test_guard_resume import MATRIX, actions, events, facts, tensors
+from test_guard_resume import HEAD, MATRIX, actions, events, facts, tensors
 
 from halfulp.guard.faults import BadBatch, ScaledWeight
 from halfulp.run import Run
 from halfulp.train.loop import config_of, train
 
 BAD, WORSE, STEPS = 80, 86, 90
-HEAD = "lm_head.weight"
 OPTIONS = {
     "steps": STEPS, "clip": 0.0, "rows": 1, "checkpoint_every": 10, "keep": 99,
     "eval_every": 0, "count_every": 0,

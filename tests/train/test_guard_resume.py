@@ -20,6 +20,7 @@ STEPS = 105
 OPTIONS = {"steps": STEPS, "checkpoint_every": 10, "keep": 99, "eval_every": 30, "count_every": 5}
 GUARD = {"snapshot_every": 10, "wasted": 1.0, "raised": 1.0}
 MATRIX = "model.layers.1.mlp.down_proj.weight"
+HEAD = "lm_head.weight"
 
 
 def faults():
@@ -48,12 +49,13 @@ def events(path: Path) -> list[dict]:
     ]
 
 
-def assert_same(path: Path, whole: Path) -> None:
-    a, b = tensors(path), tensors(whole)
+def assert_same(path: Path, whole: Path, step: int = STEPS) -> None:
+    """All that the last checkpoints hold and all that was told is equal."""
+    a, b = tensors(path, step), tensors(whole, step)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     # Through JSON, where nan is equal to nan.
-    assert json.dumps(facts(path)) == json.dumps(facts(whole))
+    assert json.dumps(facts(path, step)) == json.dumps(facts(whole, step))
     assert json.dumps(events(path)) == json.dumps(events(whole))
 
 
