@@ -10,7 +10,10 @@ Event = Mapping[str, Any]
 
 # What happens in a step, and has not happened once the run has gone back behind it.
 _OF_A_STEP = frozenset(
-    ("step", "eval", "counters", "sharpness", "signal", "loss_scale", "lr_ratios", "schedule")
+    (
+        *("step", "eval", "counters", "sharpness", "signal", "gradient_error"),
+        *("loss_scale", "lr_ratios", "schedule"),
+    )
 )
 
 

@@ -10,7 +10,6 @@ from halfulp.report.guard_plots import LEGEND, MOST_ROWS, rows_of, spans, timeli
 from halfulp.report.html import Child, Markup, join, table, tag
 from halfulp.report.incidents import Cost, Story, cost_of
 from halfulp.report.read import Record
-from halfulp.report.signs import Sign
 
 STYLE = """
 .incident { border-top: 1px solid var(--line); margin: 0; }
@@ -21,8 +20,8 @@ STYLE = """
 }
 .incident > summary::-webkit-details-marker { display: none; }
 .incident > summary b { font-weight: 650; }
-.incident > summary > b:first-child::before { content: "▸"; color: var(--muted); padding-right: 5px; }
-.incident[open] > summary > b:first-child::before { content: "▾"; }
+.incident > summary > b:first-child::before { content: "▸ "; color: var(--muted); }
+.incident[open] > summary > b:first-child::before { content: "▾ "; }
 .incident > summary span:last-child { color: var(--muted); text-align: right; }
 .incident > summary:hover { background: color-mix(in srgb, var(--line) 35%, transparent); }
 .incident > div { padding: 0 20px 16px calc(20px + 2.8em + 14px); }
@@ -48,13 +47,7 @@ _LEAD = (
     "guilty block, skips the batch, or goes back to a snapshot and on from there."
 )
 _MOST_SIGNS = 8
-_COLUMNS = (
-    ("gain", "gain, nats"),
-    ("gradient_error", "gradient error"),
-    ("cosine", "cosine"),
-    ("growth", "growth"),
-    ("over_threshold", "over threshold"),
-)
+_TITLES = {"gain": "gain, nats"}
 
 
 def guard_section(records: Sequence[Record]) -> Markup | None:
@@ -175,20 +168,22 @@ def _margin(incident: Mapping[str, Any]) -> str:
 
 def _units(incident: Mapping[str, Any]) -> Markup:
     found = incident["rows"]
-    shown = [(key, title) for key, title in _COLUMNS if any(_known(r.get(key)) for r in found)]
+    keys = dict.fromkeys(key for row in found for key in row if key != "unit")
+    shown = [key for key in keys if any(_known(row.get(key)) for row in found)]
     guilty = set(incident.get("units") or ())
     rows: list[list[Child]] = [
         [
             tag("b", f"{row['unit']} ←") if row["unit"] in guilty else row["unit"],
-            *(say.number(row[key]) if _known(row.get(key)) else "–" for key, _ in shown),
+            *(say.number(row[key]) if _known(row.get(key)) else "–" for key in shown),
         ]
         for row in found
     ]
-    return _table(["unit", *(title for _, title in shown)], rows, "Units looked at; ← is named")
+    titles = [_TITLES.get(key, key.replace("_", " ")) for key in shown]
+    return _table(["unit", *titles], rows, "Units looked at; ← is named")
 
 
 def _known(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not math.isnan(x)
+    return isinstance(x, str) or (isinstance(x, (int, float)) and not math.isnan(x))
 
 
 def _before(story: Story) -> list[Markup]:
@@ -196,25 +191,29 @@ def _before(story: Story) -> list[Markup]:
     if not story.signs:
         text = "No recorded signal was abnormal before it."
         return [_heading("Before it"), tag("p", text)]
-    rows = say.merged(story.signs)
+    rows = say.firsts(story.signs)
     first = story.signs[0]
     more = f" ({len(rows) - _MOST_SIGNS} more)" if len(rows) > _MOST_SIGNS else ""
     text = f"Before it: abnormal for {first.lead:,} steps{more}"
     head: list[Child] = [
-        "signal", "where", "since step", "steps before", "then", "worst", "threshold",
-    ]  # fmt: skip
-    cells = [_sign(sign, count) for sign, count in rows[:_MOST_SIGNS]]
-    return [_heading(text), _table(head, cells, "Signs before the incident", first=2)]
+        *("first signal", "where", "since step", "steps before"),
+        *("then", "worst", "threshold", "later"),
+    ]
+    cells = [_sign(first) for first in rows[:_MOST_SIGNS]]
+    numeric = frozenset(range(2, len(head) - 1))
+    return [_heading(text), table(head, cells, numeric=numeric, caption="Signs before it")]
 
 
-def _sign(sign: Sign, count: int) -> list[Child]:
+def _sign(first: say.First) -> list[Child]:
+    sign = first.sign
     values = (say.value(sign.signal, x) for x in (sign.first, sign.worst, sign.threshold))
-    name = sign.signal.replace("_", " ")
-    return [name, say.where(sign, count), f"{sign.step:,}", f"{sign.lead:,}", *values]
+    place = say.where(sign, first.blocks)
+    later = ", ".join(first.also) or "–"
+    return [say.name(sign.signal), place, f"{sign.step:,}", f"{sign.lead:,}", *values, later]
 
 
-def _table(head: list[Child], rows: list[list[Child]], caption: str, *, first: int = 1) -> Markup:
-    return table(head, rows, numeric=frozenset(range(first, len(head))), caption=caption)
+def _table(head: list[Child], rows: list[list[Child]], caption: str) -> Markup:
+    return table(head, rows, numeric=frozenset(range(1, len(head))), caption=caption)
 
 
 def _bill(cost: Cost, record: Record) -> Markup:
@@ -237,6 +236,7 @@ def _costs(record: Record) -> Markup:
         ("updates withheld", cost.withheld),
         ("steps replayed after rollbacks", cost.replayed),
         ("attribution passes", cost.passes),
+        ("shadow passes", cost.shadows),
         ("together", cost.steps),
     )
     rows: list[list[Child]] = [

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from halfulp.guard.host import ALL
@@ -10,7 +11,7 @@ from halfulp.guard.keeper import BACK, LOWER, RAISE, RETRY, SKIP, STOP
 from halfulp.guard.rules import RULE
 from halfulp.report import words
 from halfulp.report.incidents import Cost, Explained, Story
-from halfulp.report.signs import GROWN, Sign
+from halfulp.report.signs import Sign
 
 # What an action is called, once and several times.
 _NOUNS = {
@@ -27,6 +28,7 @@ GLOSSARY = (
      "gradient norm above the last 128 steps; a spike is above 8"),
     ("sustained, divergence", "the mean loss of 10 steps stays above its best for 20 steps, or is "
      "0.5 nats above it"),
+    ("weight", "the norm of a matrix is not what the last updates can have made of it"),
     ("numeric", "a counter of a block is above the threshold from which more precision helps"),
     ("same arithmetic", "the batch again, as it was: another result is the hardware"),
     ("reference", "the batch again in fp32: as bad, and precision is not to blame"),
@@ -41,6 +43,7 @@ GLOSSARY = (
     ("margin", "gain or growth of the first unit over that of the next one"),
     ("withheld, replayed, passes", "steps that were computed and not made; steps that were done "
      "again after a rollback; forward and backward passes that looked for the culprit"),
+    ("shadow passes", "passes at regular steps that compare every gradient with that in fp32"),
 )  # fmt: skip
 
 
@@ -60,9 +63,9 @@ def judged(incident: Mapping[str, Any], *, most: int = 3) -> str:
 
 
 def warning(event: Mapping[str, Any]) -> str:
-    """An event `signal`: "underflow 62 % (above 50 %) in layers.1.qk, layers.1.qk.q_proj dgrad.g"."""
+    """An event `signal`: "underflow 62 % (above 50 %) in layers.1.qk.q_proj dgrad.g"."""
     found, bar = (value(event["rule"], event[key]) for key in ("value", "threshold"))
-    return f"{name(event['rule'])} {found} (above {bar}) in {event['block']}, {event['place']}"
+    return f"{name(event['rule'])} {found} (above {bar}) in {event['place'] or event['block']}"
 
 
 def done(incident: Mapping[str, Any]) -> str:
@@ -76,6 +79,7 @@ def booked(cost: Cost) -> str:
         (cost.withheld, "step withheld" if cost.withheld == 1 else "steps withheld"),
         (cost.replayed, "replayed"),
         (cost.passes, "pass" if cost.passes == 1 else "passes"),
+        (cost.shadows, "shadow passes"),
     ]
     return ", ".join(f"{value:,.3g} {what}" for value, what in parts if value) or "nothing"
 
@@ -138,19 +142,37 @@ def where(sign: Sign, count: int = 1) -> str:
     return f"{count} blocks, worst {one}" if count > 1 else one
 
 
-def merged(signs: Iterable[Sign]) -> list[tuple[Sign, int]]:
-    """Signs of three blocks or more that began together as the worst of them and their number."""
-    groups: dict[tuple[str, int], list[Sign]] = {}
+@dataclass(frozen=True)
+class First:
+    """The first sign of a block, or of several that began together: then of the worst of them.
+
+    `also` names the other signals of these blocks that were abnormal later.
+    """
+
+    sign: Sign
+    blocks: int
+    also: tuple[str, ...]
+
+
+def firsts(signs: Iterable[Sign]) -> list[First]:
+    """The first sign of every block; three or more blocks of one signal and step are one."""
+    mine: dict[tuple[str, str], list[Sign]] = {}
     for sign in signs:
-        groups.setdefault((sign.signal, sign.step), []).append(sign)
-    rows: list[tuple[Sign, int]] = []
+        mine.setdefault((sign.block, "" if sign.block else sign.signal), []).append(sign)
+    groups: dict[tuple[str, int], list[list[Sign]]] = {}
+    for block in mine.values():
+        groups.setdefault((block[0].signal, block[0].step), []).append(block)
+    rows: list[First] = []
     for group in groups.values():
-        if len(group) < 3:
-            rows += [(sign, 1) for sign in group]
-        else:
-            worst = max(group, key=lambda s: s.worst if math.isfinite(s.worst) else math.inf)
-            rows.append((worst, len(group)))
+        rows += [_first([block]) for block in group] if len(group) < 3 else [_first(group)]
     return rows
+
+
+def _first(group: Sequence[Sequence[Sign]]) -> First:
+    leaders = [block[0] for block in group]
+    worst = max(leaders, key=lambda s: s.worst if math.isfinite(s.worst) else math.inf)
+    later = dict.fromkeys(name(sign.signal) for block in group for sign in block[1:])
+    return First(worst, len(group), tuple(later))
 
 
 def value(signal: str, x: float) -> str:
@@ -164,8 +186,7 @@ def value(signal: str, x: float) -> str:
 
 def name(signal: str) -> str:
     """ "underflow_energy" → "underflow energy"."""
-    grown = f" over {GROWN:g}× its last ones" if "sharpness" in signal else ""
-    return signal.replace("_", " ") + grown
+    return signal.replace("_", " ")
 
 
 def number(x: Any) -> str:

@@ -39,15 +39,20 @@ class Story:
 
 @dataclass(frozen=True)
 class Cost:
-    """What incidents cost, in steps' worth of tokens; a pass is forward and backward."""
+    """What a guard costs, in steps' worth of tokens; a pass is forward and backward.
+
+    `passes` are those of attribution; `shadows` compare gradients with the reference regularly.
+    """
 
     withheld: float = 0.0
     replayed: float = 0.0
     passes: float = 0.0
+    shadows: float = 0.0
 
     @property
     def steps(self) -> float:
-        return self.withheld + self.replayed + self.passes
+        """All of it together."""
+        return self.withheld + self.replayed + self.passes + self.shadows
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def explain(path: str | Path) -> Explained:
     tokens = [(e["tokens"], e["step"]) for e in steps if e.get("tokens") and e.get("step")]
     return Explained(
         stories=tuple(stories),
-        cost=cost_of(story.incident for story in stories),
+        cost=cost_of((story.incident for story in stories), shadows=shadows_of(events)),
         guarded=guarded,
         last_step=max((int(event["step"]) for event in steps), default=0),
         planned_steps=int((config.get("train") or {}).get("steps") or 0),
@@ -108,11 +113,19 @@ def stories_of(events: Sequence[Event]) -> list[Story]:
     ]
 
 
-def cost_of(incidents: Iterable[Event]) -> Cost:
-    """The costs of some incidents, added."""
+def cost_of(incidents: Iterable[Event], *, shadows: float = 0.0) -> Cost:
+    """The costs of some incidents, added, and `shadows` beside them."""
     booked = [incident.get("cost") or {} for incident in incidents]
-    keys = ("withheld", "replayed", "passes")
-    return Cost(*(sum(float(one.get(key, 0.0)) for one in booked) for key in keys))
+
+    def total(key: str) -> float:
+        return sum(float(one.get(key, 0.0)) for one in booked)
+
+    return Cost(total("withheld"), total("replayed"), total("passes"), shadows)
+
+
+def shadows_of(events: Iterable[Event]) -> float:
+    """Passes that compared gradients with those of the reference, also in withdrawn steps."""
+    return 2.0 * sum(event.get("event") == "gradient_error" for event in events)
 
 
 def afterwards(events: Sequence[Event]) -> list[Story]:

@@ -11,7 +11,7 @@ import numpy as np
 from halfulp.errors import RunError
 from halfulp.guard.keeper import STOP
 from halfulp.report.course import Course, Event, course_of
-from halfulp.report.incidents import Cost, Story, cost_of, stories_of, was_guarded
+from halfulp.report.incidents import Cost, Story, cost_of, shadows_of, stories_of, was_guarded
 from halfulp.run import Run
 
 
@@ -78,6 +78,7 @@ class Record:
     lr_ratios: tuple[Mapping[str, Any], ...] = ()  # its events, as they came
     guarded: bool = False  # a guard watched the run
     stories: tuple[Story, ...] = ()  # its incidents
+    shadows: float = 0.0  # passes in which it compared gradients
     withdrawn: tuple[Curve, ...] = ()  # training losses that a rollback took back, one curve each
 
     @property
@@ -96,7 +97,7 @@ class Record:
     @property
     def cost(self) -> Cost:
         """What the guard has spent."""
-        return cost_of(story.incident for story in self.stories)
+        return cost_of((story.incident for story in self.stories), shadows=self.shadows)
 
     @property
     def cost_share(self) -> float:
@@ -193,6 +194,7 @@ def _read(path: Path) -> Record:
         lr_ratios=tuple(events.get("lr_ratios", ())),
         stories=tuple(stories_of(every)),
         guarded=was_guarded(config, every),
+        shadows=shadows_of(every),
         withdrawn=tuple(_curve(_only_steps(taken), "loss_nats") for taken in course.withdrawn),
     )
 

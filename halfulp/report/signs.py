@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from halfulp.guard.detect import QUIET, WINDOW, Detector
+from halfulp.guard.detect import QUIET, SPIKE, WINDOW, Detector
 from halfulp.guard.keeper import MEMORY, NEAR
 from halfulp.guard.rules import RULE, readings_of
 from halfulp.train.counters import shares
@@ -46,6 +46,7 @@ class Look(NamedTuple):
     value: float
     threshold: float
     place: str = ""
+    warned: bool = False  # the guard has found it in all the looks that its rule needs
 
 
 Key = tuple[str, str]  # signal, block
@@ -73,7 +74,8 @@ def phases_of(steps: Sequence[Event]) -> set[int]:
 
 
 def _sign(key: Key, looks: Sequence[Look], incident: int) -> Sign | None:
-    """The sign of one signal, from all looks at it."""
+    """The sign of one signal, from all looks at it; a warning of the guard is enough for one."""
+    warned = any(look.warned for look in looks)
     looks = [look for look in looks if incident - MEMORY <= look.step < incident]
     gaps = [b.step - a.step for a, b in pairwise(looks)]
     reach = max(NEAR, 2 * max(gaps, default=0))
@@ -85,7 +87,8 @@ def _sign(key: Key, looks: Sequence[Look], incident: int) -> Sign | None:
             break
         episode.append(look)
     rule = RULE.get(key[0])
-    if not episode or (rule is not None and rule.look == "check" and len(episode) < rule.needs):
+    needed = rule.needs if rule is not None and rule.look == "check" and not warned else 1
+    if len(episode) < needed:
         return None
     first, worst = episode[-1], max(episode, key=lambda look: _rank(look.value))
     return Sign(
@@ -102,13 +105,23 @@ def _looks(events: Sequence[Event], incident: int) -> Iterator[tuple[Key, Look]]
     for event in events:
         if event.get("event") == "signal":
             key = str(event["rule"]), str(event["block"])
-            yield key, Look(event["step"], event["value"], event["threshold"], event["place"])
+            yield (
+                key,
+                Look(
+                    event["step"], event["value"], event["threshold"], event["place"], warned=True
+                ),
+            )
+    noise = RULE["gradient_noise"].act or 0.0
+    for event in latest["gradient_error"]:
+        for unit, error in event["units"].items():
+            yield ("gradient_noise", unit), Look(int(event["step"]), error, noise)
     yield from _of_sharpness(latest["sharpness"])
 
 
 def _last_of_each_step(events: Iterable[Event]) -> dict[str, list[Event]]:
     """Events by kind; one that was repeated after a resume counts once."""
-    found: dict[str, dict[int, Event]] = {"step": {}, "counters": {}, "sharpness": {}}
+    kinds = ("step", "counters", "sharpness", "gradient_error")
+    found: dict[str, dict[int, Event]] = {kind: {} for kind in kinds}
     for event in events:
         if event.get("event") in found:
             found[event["event"]][int(event["step"])] = event
@@ -129,7 +142,8 @@ def _of_steps(steps: Sequence[Event], incident: int) -> Iterator[tuple[Key, Look
         if step in phases:
             detector.begin_phase()
         yield ("loss", ""), Look(step, z["z loss"], QUIET)
-        yield ("gradient norm", ""), Look(step, z["z log norm"], QUIET)
+        # Gradient norms of healthy runs have heavy tails.
+        yield ("gradient norm", ""), Look(step, z["z log norm"], SPIKE)
 
 
 def _of_counters(event: Event) -> Iterator[tuple[Key, Look]]:
