@@ -128,8 +128,7 @@ class Ladder:
         for unit, raised in before.items():
             roles = self._roles(unit)
             own = [self._own[block] for block in self.units.blocks[unit]]
-            pairs = zip(raised, own, strict=True)
-            if all(quality(up, roles) <= quality(down, roles) for up, down in pairs):
+            if not any(_is_higher(up, down, roles) for up, down in zip(raised, own, strict=True)):
                 self.stands[unit].climbs = []
 
     def share_raised(self) -> float:
@@ -230,6 +229,15 @@ def storage_quality(recipe: Recipe) -> tuple[int, int]:
     """(bits, scale) of the weakest of updated weights and moments; truth rounds stochastically."""
     stored = recipe.weight if recipe.master is None else recipe.master
     return min(map(_quality, (stored, recipe.moment_m, recipe.moment_v)))
+
+
+def _is_higher(upper: Recipe, lower: Recipe, roles: Sequence[str]) -> bool:
+    """Whether anything of `upper`, an operand of a GEMM or the storage, is better."""
+    if storage_quality(upper) > storage_quality(lower):
+        return True
+    specs = ((upper.gemms[role], lower.gemms[role]) for role in roles)
+    pairs = ((getattr(up, o), getattr(down, o)) for up, down in specs for o in OPERANDS)
+    return any(_quality(up) > _quality(down) for up, down in pairs)
 
 
 def forward_of(upper: Recipe, lower: Recipe) -> Recipe:

@@ -76,7 +76,7 @@ def phases_of(steps: Sequence[Event]) -> set[int]:
 def _sign(key: Key, looks: Sequence[Look], incident: int) -> Sign | None:
     """The sign of one signal, from all looks at it; a warning of the guard is enough for one."""
     warned = any(look.warned for look in looks)
-    looks = [look for look in looks if incident - MEMORY <= look.step < incident]
+    looks = [look for look in looks if incident - MEMORY <= look.step <= incident]
     gaps = [b.step - a.step for a, b in pairwise(looks)]
     reach = max(NEAR, 2 * max(gaps, default=0))
     abnormal = [look for look in looks if not look.value <= look.threshold]
@@ -88,7 +88,7 @@ def _sign(key: Key, looks: Sequence[Look], incident: int) -> Sign | None:
         episode.append(look)
     rule = RULE.get(key[0])
     needed = rule.needs if rule is not None and rule.look == "check" and not warned else 1
-    if len(episode) < needed:
+    if len(episode) < needed or episode[-1].step == incident:
         return None
     first, worst = episode[-1], max(episode, key=lambda look: _rank(look.value))
     return Sign(
