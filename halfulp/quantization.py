@@ -169,7 +169,10 @@ class Quantized:
         self.clock.set(step, micro)
 
     def end_step(self) -> None:
-        """Take this step's amaxes into the delayed scales: the maximum over all ranks."""
+        """Take this step's amaxes into the delayed scales: the maximum over all ranks.
+
+        On a GPU the host waits here once, for all scales together; nothing else in a step does.
+        """
         pairs = {n: pair for n, pair in histories(self.sites).items() if pair[0].seen is not None}
         self._rolled = None
         if not pairs:
@@ -177,11 +180,15 @@ class Quantized:
         amaxes = torch.stack([h.seen for h, _ in pairs.values() if h.seen is not None])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(amaxes, dist.ReduceOp.MAX)
-        amaxes = amaxes.cpu()
+        device, amaxes = amaxes.device, amaxes.cpu()
         tops = [q.format.largest for _, q in pairs.values()]
         self._rolled = list(pairs), amaxes, [h.scale for h, _ in pairs.values()], tops
         for (history, q), amax in zip(pairs.values(), amaxes, strict=True):
             history.roll(q, amax)
+        if device.type != "cpu":
+            copies = torch.stack([history.scale for history, _ in pairs.values()]).to(device)
+            for (history, _), copy in zip(pairs.values(), copies, strict=True):
+                history.copy = copy
 
     def stale(self) -> list[dict]:
         """How far each tensor had outgrown its delayed scale in the step that ended last.

@@ -21,6 +21,7 @@ from halfulp.numerics.gemm import (
     multiply_bf16,
     multiply_int8,
     parse_accumulation,
+    require_fp32,
 )
 from halfulp.numerics.quantizer import Quantizer
 from halfulp.numerics.random import Key, fold_tensor
@@ -73,15 +74,24 @@ def _owner(x: Tensor) -> Tensor:
 class History:
     """Amaxes of the last steps of one operand, and the scale in force."""
 
-    amaxes: Tensor  # fp32 [H], newest first; 0 = not seen yet
-    scale: Tensor  # fp32 []
+    amaxes: Tensor  # fp32 [H] on the CPU, newest first; 0 = not seen yet
+    scale: Tensor  # fp32 [] on the CPU
     seen: Tensor | None = None  # amax of this step so far
+    copy: Tensor | None = None  # of the scale, on the GPU that uses it
+
+    def scale_on(self, device: torch.device) -> Tensor:
+        """The scale in force, on `device`; copied there once, for a copy makes the host wait."""
+        if device.type == "cpu":
+            return self.scale
+        if self.copy is None or self.copy.device != device:
+            self.copy = self.scale.to(device)
+        return self.copy
 
     def roll(self, q: Quantizer, amax: Tensor) -> None:
         self.restore(q, torch.cat([amax.view(1), self.amaxes[:-1]]))
 
     def restore(self, q: Quantizer, amaxes: Tensor) -> None:
-        self.amaxes, self.seen = amaxes.clone(), None
+        self.amaxes, self.seen, self.copy = amaxes.clone(), None, None
         self.scale = delayed_scale(self.amaxes, q)
 
 
@@ -175,7 +185,7 @@ class Site:
             return x
         q, key = self.quantizers[operand], self.key(operand, at)
         history = self.histories.get(operand)
-        scale = None if history is None else history.scale.to(x.device)
+        scale = None if history is None else history.scale_on(x.device)
         if at.traced:
             return apply_quantizer(x, q, key=key, scale=scale)
         lasting = operand == "fprop_x" and self.x_lasts
@@ -195,7 +205,7 @@ class Site:
             amax = amax_bits(x).view(torch.float32)
             history.seen = amax if history.seen is None else torch.maximum(history.seen, amax)
         if at.counting:
-            scale = None if history is None else history.scale.to(x.device)
+            scale = None if history is None else history.scale_on(x.device)
             sums = quantizer_statistics(x, y, self.quantizers[operand], scale)
             old = self.sums.get(operand)
             self.sums[operand] = sums if old is None else merge(old, sums)
@@ -283,7 +293,10 @@ class QuantizedMatmul(torch.autograd.Function):
 def quantized_matmul(
     x: Tensor, w: Tensor, bias: Tensor | None, site: Site, training: bool
 ) -> Tensor:
-    """`QuantizedMatmul` on any float dtype: computed in fp32, given back in x's dtype."""
+    """`QuantizedMatmul` on any float dtype: computed in fp32, given back in x's dtype.
+
+    Raises ConfigError where torch multiplies fp32 matrices in TF32 or bf16.
+    """
     keys = None
     if torch.compiler.is_compiling():
         if site.histories:
@@ -299,6 +312,7 @@ def _matmul(
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _matmul(x, w, bias, site, training, keys)
+    require_fp32(x.device)
     bias = None if bias is None else bias.float()
     y = QuantizedMatmul.apply(x.float(), w.float(), bias, keys, site, training)
     return y.to(x.dtype)

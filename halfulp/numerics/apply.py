@@ -21,7 +21,7 @@ from halfulp.numerics.rounding import (
     round_to,
     use_c,
 )
-from halfulp.numerics.scaling import amax_bits, scale_of
+from halfulp.numerics.scaling import amax_bits, divide, scale_of
 
 
 def apply_quantizer(
@@ -113,7 +113,7 @@ def _apply_torch(x: Tensor, q: Quantizer, key: Key | Tensor | None, scale: Tenso
     random = None
     if q.stochastic:
         assert key is not None
-        random = random_words(x, key if isinstance(key, Tensor) else key.tensor(x.device))
+        random = random_words(x, key)
     if q.scale == "none":
         return round_definition(x, q.format, q.rounding, q.saturate, random)
     s, inverse = scales(x, q, scale)
@@ -124,7 +124,7 @@ def scales(x: Tensor, q: Quantizer, scale: Tensor | None = None) -> tuple[Tensor
     """(s, 1/s) for `x` [..., K], broadcastable to it; `scale` as in `apply_quantizer`."""
     if q.scale in ("delayed", "static"):
         s = torch.full((), q.static_scale, device=x.device) if scale is None else scale
-        return s, 1.0 / s
+        return s, divide(1.0, s)
     if q.granularity == "tensor":
         return scale_of(amax_bits(x), q)
     rows, columns = q.tile

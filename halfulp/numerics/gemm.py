@@ -8,15 +8,20 @@ the same thing exactly up to the order of an fp32 sum:
 * bf16: both operands have at most 8 significant bits and power-of-two (or no) scales, so that the
   values themselves are bf16 numbers, and the result is rounded to bf16 anyway.
 * fp32 otherwise.
+
+fp32 means all 24 bits of the operands: `require_fp32` refuses a process that lets torch multiply in
+TF32 or bf16 instead.
 """
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from halfulp.errors import FormatError
+from halfulp.errors import ConfigError, FormatError
 from halfulp.numerics import kernel
 from halfulp.numerics.apply import apply_quantizer, scales
 from halfulp.numerics.quantizer import Quantizer, parse_quantizer
@@ -52,6 +57,22 @@ def parse_accumulation(text: str) -> Accumulation:
     if match := re.fullmatch(r"promote\(([1-9]\d*)\)", text):
         return Accumulation(int(match[1]))
     raise FormatError(f"accumulate {text!r} is unknown. Use fp32, fast, split or promote(N).")
+
+
+def require_fp32(device: torch.device) -> None:
+    """Raises ConfigError where torch may drop bits of the operands of fp32 GEMMs on `device`."""
+    if (found := _fp32_precision(device.type)) not in ("none", "ieee"):
+        raise ConfigError(
+            f"simulated GEMMs need fp32 operands, and this process multiplies fp32 matrices on "
+            f"{device.type} in {found}. Call torch.set_float32_matmul_precision('highest')."
+        )
+
+
+# Dynamo, which cannot read these settings, guards on them.
+@torch.compiler.assume_constant_result
+def _fp32_precision(device: str) -> str:
+    backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision
 
 
 def multiply(a: Tensor, b: Tensor, accumulation: Accumulation = Accumulation()) -> Tensor:
@@ -119,7 +140,14 @@ def _fits_bf16(q: Quantizer) -> bool:
 
 def multiply_bf16(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ of operands that are bf16 numbers; fp32 sums, rounded to bf16, given back as fp32."""
-    return (a.bfloat16() @ b.bfloat16().mT).float()
+    a, b = a.bfloat16(), b.bfloat16().mT
+    if not a.is_cuda:
+        return (a @ b).float()
+    # Asked for a bf16 result, cuBLAS may also round the parts of a split sum to bf16.
+    if a.ndim == 2:
+        return torch.mm(a, b, out_dtype=torch.float32).bfloat16().float()
+    batch = a.flatten(0, -3), b.flatten(0, -3)
+    return torch.bmm(*batch, out_dtype=torch.float32).bfloat16().float().unflatten(0, a.shape[:-2])
 
 
 @dataclass(frozen=True)
@@ -139,5 +167,14 @@ def encode(x: Tensor, q: Quantizer, key: Key | None, scale: Tensor | None = None
 
 def multiply_int8(a: Codes, b: Codes) -> Tensor:
     """a bᵀ with exact int32 sums, fp32 [M, N]."""
-    product = torch._int_mm(a.codes, b.codes.mT).float()  # pyright: ignore[reportPrivateImportUsage]
+    product = _int_sums(a.codes, b.codes).float()
     return product.mul_(a.step).mul_(b.step if b.step.ndim == 0 else b.step.mT)
+
+
+def _int_sums(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ of int8 matrices, int32 [M, N]."""
+    (m, k), n = a.shape, b.shape[0]
+    if a.is_cuda:  # its kernels take M > 16, and K and N in multiples of 8: zeros add nothing
+        a = pad(a, (0, -k % 8, 0, max(0, 17 - m)))
+        b = pad(b, (0, -k % 8, 0, -n % 8))
+    return torch._int_mm(a, b.mT)[:m, :n]  # pyright: ignore[reportPrivateImportUsage]

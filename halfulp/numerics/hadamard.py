@@ -14,14 +14,19 @@ from halfulp.numerics.random import Key, word
 
 
 @cache
-def hadamard_matrix(d: int) -> Tensor:
-    """H, fp32 [d, d], orthonormal; `d` a power of two."""
+def hadamard_matrix(d: int, device: torch.device | str = "cpu") -> Tensor:
+    """H, fp32 [d, d], orthonormal; `d` a power of two. Kept per device: a copy would wait."""
     h = torch.ones(1, 1)
     while h.shape[0] < d:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     key = Key.of(0, "hadamard")
     signs = torch.tensor([1.0 if word(i, key.k0, key.k1) >> 31 else -1.0 for i in range(d)])
-    return signs[:, None] * h * d**-0.5
+    return (signs[:, None] * h * d**-0.5).to(device)
+
+
+@torch.compiler.assume_constant_result
+def _traced_matrix(d: int, device: torch.device) -> Tensor:
+    return hadamard_matrix(d, device)
 
 
 def hadamard(x: Tensor, d: int) -> Tensor:
@@ -35,4 +40,5 @@ def hadamard(x: Tensor, d: int) -> Tensor:
             f"{x.shape[-1]}. Change the batch or layer size, or a recipe without the transform."
         )
     blocks = x.unflatten(-1, (-1, d))
-    return (blocks @ hadamard_matrix(d).to(x.device)).flatten(-2)
+    matrix = _traced_matrix if torch.compiler.is_compiling() else hadamard_matrix
+    return (blocks @ matrix(d, x.device)).flatten(-2)

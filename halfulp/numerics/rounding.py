@@ -150,20 +150,22 @@ def _round_c(
 def _round_torch(
     x: Tensor, y: Tensor, fmt: Format, rounding: str, saturate: bool, key: Key | None, index: int
 ) -> None:
-    keys = key.tensor(x.device) if key and rounding == "stochastic" else None
+    used = key if rounding == "stochastic" else None
     step = _CHUNK if x.is_cpu and not torch.compiler.is_compiling() else x.numel()
     for start in range(0, x.numel(), step):
         piece = x[start : start + step]
-        random = None if keys is None else random_words(piece, keys, index + start)
+        random = None if used is None else random_words(piece, used, index + start)
         y[start : start + step] = round_definition(piece, fmt, rounding, saturate, random)
 
 
-def random_words(x: Tensor, key: Tensor, index: int = 0) -> Tensor:
-    """int32 words for the elements of `x`, in order; `key` is an int32 tensor [2]."""
+def random_words(x: Tensor, key: Key | Tensor, index: int = 0) -> Tensor:
+    """int32 words for the elements of `x`, in order; `key`: a Key or its int32 tensor [2]."""
     low = index & 0xFFFFFFFF
     base = low - (1 << 32) if low >= 1 << 31 else low
     i = torch.arange(x.numel(), dtype=torch.int32, device=x.device) + base
-    return words(i, key[0], key[1]).view(x.shape)
+    # Numbers where possible: a key copied to another device would make the host wait for it.
+    k0, k1 = (key.k0, key.k1) if isinstance(key, Key) else key.unbind()
+    return words(i, k0, k1).view(x.shape)
 
 
 def round_definition(

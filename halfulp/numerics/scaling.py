@@ -47,9 +47,9 @@ def scale_of(
         up, down = _nvfp4(a, tensor_amax)
         amax = torch.where(tensor_amax >= _EXPONENT, tensor_amax, amax)
     elif q.scale in ("current", "delayed") and not q.power_of_two:
-        up = _divide(q.format.largest, a) * 2.0**-q.margin
+        up = divide(q.format.largest, a) * 2.0**-q.margin
         up = torch.where(up < _MOST, up, _MOST)
-        down = 1.0 / up
+        down = divide(1.0, up)
     else:
         e = _e8m0_exponent(amax, q)
         up, down = _power(-e), _power(e)
@@ -60,17 +60,21 @@ def scale_of(
 
 def _nvfp4(a: Tensor, tensor_amax: Tensor) -> tuple[Tensor, Tensor]:
     """The order of operations is the contract: it is Transformer Engine's, bit for bit."""
-    g = _divide(2688.0, tensor_amax.view(torch.float32))
+    g = divide(2688.0, tensor_amax.view(torch.float32))
     g = torch.where(tensor_amax == 0, 1.0, torch.where(g < _MOST, g, _MOST))
     block = round_definition(a * (g * (1.0 / 6.0)), _E4M3, "nearest", True, None)
-    down = block * (1.0 / g)
-    up = 1.0 / down
+    down = block * divide(1.0, g)
+    up = divide(1.0, down)
     return torch.where(up < _MOST, up, _MOST), down
 
 
-def _divide(number: float, x: Tensor) -> Tensor:
-    """number / x, rounded once; torch computes a plain `number / x` as 1/x times number."""
-    return torch.full_like(x, number) / x
+def divide(number: float, x: Tensor) -> Tensor:
+    """`number` / x for an fp32 number and tensor, rounded once, everywhere.
+
+    torch computes `number / x` as 1/x times number, and Triton approximates fp32 divisions. A
+    quotient of fp32 numbers rounded to fp64 is never so close to a tie that a second rounding errs.
+    """
+    return (torch.full_like(x, number, dtype=torch.float64) / x.double()).float()
 
 
 def _e8m0_exponent(amax: Tensor, q: Quantizer) -> Tensor:

@@ -40,7 +40,7 @@ def quantizer_statistics(x: Tensor, y: Tensor, q: Quantizer, scale: Tensor | Non
     dropped = torch.where(y == 0, x, 0.0)
     norms = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (x, dropped))
     energy, lost = (norm.square() for norm in norms)
-    sums = [nonzero.new_tensor(x.numel()), beyond, nonzero, torch.count_nonzero(dropped)]
+    sums = [torch.full_like(nonzero, x.numel()), beyond, nonzero, torch.count_nonzero(dropped)]
     return torch.stack([*(t.double() for t in sums), energy, lost, magnitude.amax().double()])
 
 

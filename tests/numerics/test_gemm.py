@@ -8,7 +8,7 @@ import torch
 from oracles.compare import assert_same
 from oracles.grids import F32, Grid, round_exact
 
-from halfulp.errors import FormatError
+from halfulp.errors import ConfigError, FormatError
 from halfulp.numerics.apply import apply_quantizer, scales
 from halfulp.numerics.gemm import (
     Accumulation,
@@ -18,6 +18,7 @@ from halfulp.numerics.gemm import (
     multiply_bf16,
     multiply_int8,
     parse_accumulation,
+    require_fp32,
 )
 from halfulp.numerics.quantizer import parse_quantizer
 from halfulp.numerics.random import Key
@@ -179,3 +180,16 @@ def test_bf16_carrier_rounds_the_fp32_product():
     assert torch.equal(product, product.bfloat16().float())
     assert (product != rounded).float().mean() < 0.01
     assert ((product - fp32).abs() <= fp32.abs() * 2.0**-8 * 1.01 + 1e-6).all()
+
+
+def test_reduced_fp32_gemms_are_refused():
+    device = torch.device("cpu")
+    require_fp32(device)
+    for precision, found in (("high", "tf32"), ("medium", "bf16")):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            with pytest.raises(ConfigError, match=f"on cpu in {found}"):
+                require_fp32(device)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    require_fp32(device)

@@ -258,15 +258,6 @@ def test_definition_fused_by_the_compiler_equals_eager(name, rounding):
     assert_same(torch.compile(scaled, fullgraph=True)(x, KEY.tensor()), expected, x)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("text", [*QUANTIZERS[:-3], "fp16", "bf16", "e8m3", "e4m3", "int8"])
-def test_cuda_equals_cpu(text, rounding):
-    q = parse_quantizer(f"{text}:{rounding}")
-    x = torch.from_numpy(data("random_bits", 64, 128))
-    assert_same(apply_quantizer(x.cuda(), q, key=KEY).cpu(), apply_quantizer(x, q, key=KEY), x)
-
-
 def test_mixture_covers_what_it_should():
     """The inputs of this file contain NaN, inf, zero-bound and subnormal values."""
     x = mixture(20_000, seed=11)
