@@ -10,23 +10,25 @@ import torch
 from torch import Tensor
 
 from halfulp.errors import FormatError
-from halfulp.numerics.random import Key, word
+from halfulp.numerics.random import Key, words
+
+_SIGNS = Key.of(0, "hadamard")
 
 
 @cache
 def hadamard_matrix(d: int, device: torch.device | str = "cpu") -> Tensor:
-    """H, fp32 [d, d], orthonormal; `d` a power of two. Kept per device: a copy would wait."""
-    h = torch.ones(1, 1)
-    while h.shape[0] < d:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    key = Key.of(0, "hadamard")
-    signs = torch.tensor([1.0 if word(i, key.k0, key.k1) >> 31 else -1.0 for i in range(d)])
-    return (signs[:, None] * h * d**-0.5).to(device)
+    """H, fp32 [d, d], orthonormal; `d` a power of two up to 128."""
+    return _matrix(d, device)
 
 
-@torch.compiler.assume_constant_result
-def _traced_matrix(d: int, device: torch.device) -> Tensor:
-    return hadamard_matrix(d, device)
+def _matrix(d: int, device: torch.device | str) -> Tensor:
+    """Computed where it is used: a copy from the CPU would make the host wait."""
+    i = torch.arange(d, dtype=torch.int32, device=device)
+    parity = i[:, None] & i
+    for bits in (4, 2, 1):
+        parity = parity ^ (parity >> bits)
+    signs = torch.where(words(i, _SIGNS.k0, _SIGNS.k1) < 0, 1.0, -1.0)
+    return signs[:, None] * torch.where((parity & 1) == 1, -1.0, 1.0) * d**-0.5
 
 
 def hadamard(x: Tensor, d: int) -> Tensor:
@@ -40,5 +42,5 @@ def hadamard(x: Tensor, d: int) -> Tensor:
             f"{x.shape[-1]}. Change the batch or layer size, or a recipe without the transform."
         )
     blocks = x.unflatten(-1, (-1, d))
-    matrix = _traced_matrix if torch.compiler.is_compiling() else hadamard_matrix
+    matrix = _matrix if torch.compiler.is_compiling() else hadamard_matrix
     return (blocks @ matrix(d, x.device)).flatten(-2)

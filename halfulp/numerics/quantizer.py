@@ -36,6 +36,10 @@ class Quantizer:
     hadamard: int = 0
     saturate: bool = False
 
+    def __post_init__(self) -> None:
+        # Dynamo reads a cached property, and cannot trace its first computation.
+        _ = self.is_identity, self.is_one_pass, self.stochastic
+
     @cached_property
     def is_identity(self) -> bool:
         """True when an fp32 tensor passes through unchanged."""
