@@ -80,8 +80,9 @@ INT8 = policy("int8@row:current", "int8@row:current:stochastic", "bf16")
 
 
 def variant(
-    model: nn.Module, rules: Policy | str | None = None, *, carrier: str = "fp32", own: bool = False
-) -> Variant:
+    model: nn.Module, rules: Policy | str | None = None, *, carrier: str = "fp32",
+    own: bool = False, rows: int = ROWS, length: int = LENGTH,
+) -> Variant:  # fmt: skip
     """The step of a copy of `model` under a policy; `own`: with halfulp's optimizer."""
     model = copy.deepcopy(model)
     handle = halfulp.quantize(model, rules, carrier=carrier) if rules else None
@@ -90,7 +91,8 @@ def variant(
     else:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     generator = torch.Generator().manual_seed(0)
-    batch_BT = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator)
+    batch_BT = torch.randint(0, VOCAB, (rows, length + 1), generator=generator)
+    batch_BT = batch_BT.to(next(model.parameters()).device)
 
     def step() -> None:
         optimizer.zero_grad()
