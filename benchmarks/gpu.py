@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py [--quick] [--part NAME …]
 
-Parts: rounding, training, optimizer, agreement, gemm, run. Times are CUDA events around several
-calls in a row, variants in turns. Needs a CUDA device; --dry runs the script on the CPU with tiny
-sizes, where its figures mean nothing.
+Parts: rounding, training, compiled, optimizer, agreement, gemm, run. Times are CUDA events around
+several calls in a row, variants in turns. Needs a CUDA device; --dry runs the script on the CPU
+with tiny sizes, where its figures mean nothing.
 """
 
 import argparse
@@ -111,8 +111,6 @@ def training(b: Bench) -> None:
     """The simulated step over the fp32 step of the same model."""
     small = build_model(ModelConfig(preset="llama-3m"), vocab=VOCAB, length=LENGTH, seed=0).model
     _compare_steps(b, "2.9 M parameters, 8 × 128 tokens", small, ROWS, LENGTH, slow=True)
-    if not b.quick:
-        _compiled_steps(b, small)
     rows, length = (1, 16) if b.dry else (8, 1024)
     _compare_steps(b, "GPT-2 small, 8 × 1024 tokens", _gpt2(b), rows, length, slow=not b.quick)
 
@@ -172,7 +170,10 @@ def _counting(b: Bench, variants: dict[str, Variant | Absent]) -> str:
     )
 
 
-def _compiled_steps(b: Bench, model: nn.Module) -> None:
+def compiled(b: Bench) -> None:
+    """The same with torch.compile, which fuses the quantizers."""
+    model = build_model(ModelConfig(preset="llama-3m"), vocab=VOCAB, length=LENGTH, seed=0).model
+    model = model.to(b.device)
     variants: dict[str, Variant | Absent] = {"fp32, compiled": variant(model)}
     variants["FP8, compiled"] = variant(model, FP8)
     seconds = []
@@ -265,6 +266,7 @@ def _losses(recipe: str, steps: int, device: str) -> list[float]:
 PARTS: dict[str, Callable[[Bench], None]] = {
     "rounding": rounding,
     "training": training,
+    "compiled": compiled,
     "optimizer": optimizer,
     "agreement": agreement,
     "gemm": gemm_speed,

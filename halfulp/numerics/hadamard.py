@@ -42,5 +42,15 @@ def hadamard(x: Tensor, d: int) -> Tensor:
             f"{x.shape[-1]}. Change the batch or layer size, or a recipe without the transform."
         )
     blocks = x.unflatten(-1, (-1, d))
+    if x.is_cpu:
+        return (blocks @ hadamard_matrix(d)).flatten(-2)
     matrix = _matrix if torch.compiler.is_compiling() else hadamard_matrix
-    return (blocks @ matrix(d, x.device)).flatten(-2)
+    return _in_order(blocks, matrix(d, x.device)).flatten(-2)
+
+
+def _in_order(blocks: Tensor, matrix: Tensor) -> Tensor:
+    """The product as GEMMs on a CPU sum it: term by term, each added with one rounding."""
+    total = torch.zeros_like(blocks)
+    for k, row in enumerate(matrix.unbind()):
+        total = torch.addcmul(total, blocks[..., k : k + 1], row)
+    return total

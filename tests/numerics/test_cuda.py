@@ -126,26 +126,30 @@ def test_hadamard(d):
         assert_same(hadamard(x.cuda(), d).cpu(), hadamard(x, d))
 
 
+TRACED = [
+    "bf16:stochastic", "e4m3:stochastic", "e4m3@tensor:static(0.3):truncate",
+    "e4m3@tensor:current", "e5m2@tensor:current:stochastic", "e4m3@1x128:current:p2",
+    "e4m3@128x128:current", "int8@row:current:stochastic", "e4m3@1x32:e8m0_up:stochastic",
+    "e2m1@1x32:e8m0_floor", "e2m1@1x16:nvfp4:stochastic", "e2m1@1x16:nvfp4:hadamard(16)",
+    "e4m3@1x32:e8m0_up:hadamard(32)",
+]  # fmt: skip
+
+
 @pytest.mark.filterwarnings("default")  # Inductor's own
 def test_compiled_quantizers():
     """One traced graph of all: a key as a tensor on the CPU, as in a traced model."""
     torch.compiler.reset()
-    texts = [f"{text}:{rounding}" for text in shipped() for rounding in ("nearest", "stochastic")]
-    texts += ["e4m3@1x32:e8m0_up:truncate", "bf16:truncate"]
-    quantizers = [q for q in map(parse_quantizer, texts) if q.scale != "delayed"]
+    quantizers = [parse_quantizer(text) for text in TRACED]
 
     def apply_all(x: Tensor, key: Tensor) -> list[Tensor]:
         return [apply_quantizer(x, q, key=key) for q in quantizers]
 
-    compiled = torch.compile(apply_all, fullgraph=True, dynamic=False)
-    wrong = {}
+    compiled, wrong = torch.compile(apply_all, fullgraph=True, dynamic=False), {}
     for kind in DATA_KINDS:
         x = batch(kind)
-        expected = [quantized(x, q) for q in quantizers]
-        found = compiled(x.cuda(), KEY.tensor())
-        for q, a, b in zip(quantizers, found, expected, strict=True):
+        for q, found in zip(quantizers, compiled(x.cuda(), KEY.tensor()), strict=True):
             try:
-                assert_same(a.cpu(), b)
+                assert_same(found.cpu(), quantized(x, q))
             except AssertionError as error:
                 wrong[f"{q} {kind}"] = str(error)
     assert not wrong
@@ -306,7 +310,7 @@ def test_quantized_gemms(recipe, carrier):
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("recipe", ["te_current", "mxfp8", "nvfp4_all", "int8_mixed"])
+@pytest.mark.parametrize("recipe", ["te_current", "mxfp8"])
 def test_compiled_gemms_draw_the_same_bits(recipe):
     torch.compiler.reset()
     site = site_of(recipe)
@@ -353,6 +357,8 @@ def test_a_step_of_delayed_scaling_waits_once():
             handle.end_step()
             losses[device].append(loss.item())
         histories = [h for site in handle.sites.values() for h in site.histories.values()]
-        assert {h.scale.device.type for h in histories} == {device}
+        seen = [h for h in histories if h.amaxes[0] > 0]
+        assert {h.scale.device.type for h in seen} == {device}
+        assert {h.amaxes.device.type for h in histories} == {"cpu"}
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
     assert losses["cpu"][0] != losses["cpu"][2]  # the scales have moved
