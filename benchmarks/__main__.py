@@ -1,6 +1,7 @@
 """Run every benchmark, or those that are named: `python -m benchmarks [NAME …] [--quick]`.
 
-Writes benchmarks/RESULTS.md, where the sections of the others stay as they are.
+gpu needs a CUDA device and runs only where it is named. Writes benchmarks/RESULTS.md, where the
+sections of the others stay as they are.
 """
 
 import datetime
@@ -9,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("rounding", "optimizer", "training", "check", "sharpness")
+ANYWHERE = ("rounding", "optimizer", "training", "check", "sharpness")
+SCRIPTS = (*ANYWHERE, "gpu")
 FOLDER = Path(__file__).parent
 _HEAD = (
     "# Speed\n\nWritten by `python -m benchmarks`; `python -m benchmarks NAME …` measures the "
@@ -20,7 +22,7 @@ _HEAD = (
 def main() -> None:
     """One process per script; a script that fails leaves RESULTS.md as it was."""
     flags = [a for a in sys.argv[1:] if a.startswith("-")]
-    names = [a for a in sys.argv[1:] if not a.startswith("-")] or list(SCRIPTS)
+    names = [a for a in sys.argv[1:] if not a.startswith("-")] or list(ANYWHERE)
     if unknown := set(names) - set(SCRIPTS):
         print(f"there is no {', '.join(unknown)}; there are: {', '.join(SCRIPTS)}", file=sys.stderr)
         raise SystemExit(2)
@@ -40,7 +42,9 @@ def _measure(name: str, flags: list[str]) -> str:
     """What the script prints, and under it the command and the date."""
     command = [sys.executable, str(FOLDER / f"{name}.py"), *flags]
     print(f"{name} …", file=sys.stderr, flush=True)
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(result.returncode)
     shown = " ".join([f"benchmarks/{name}.py", *flags])
     today = datetime.date.today().isoformat()
     return f"{result.stdout.strip()}\n\n`python {shown}` on {today}"

@@ -121,3 +121,18 @@ def test_a_benchmark_measured_again_replaces_its_own_section_only():
     )
     assert len(again) < len(page)
     assert again.index("## Rounding") < again.index("nothing") < again.index("Training")
+
+
+def test_the_gpu_benchmark_runs_only_where_it_is_named(monkeypatch):
+    """Without a CUDA device it ends with code 2 and leaves the page alone."""
+    from benchmarks import __main__ as benchmarks
+
+    assert "gpu" in benchmarks.SCRIPTS
+    assert "gpu" not in benchmarks.ANYWHERE
+    page = (benchmarks.FOLDER / "RESULTS.md").read_text(encoding="utf-8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("sys.argv", ["benchmarks", "gpu"])
+    with pytest.raises(SystemExit) as end:
+        benchmarks.main()
+    assert end.value.code == 2
+    assert (benchmarks.FOLDER / "RESULTS.md").read_text(encoding="utf-8") == page

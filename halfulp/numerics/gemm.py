@@ -28,7 +28,8 @@ from halfulp.numerics.quantizer import Quantizer, parse_quantizer
 from halfulp.numerics.random import Key
 from halfulp.numerics.rounding import round_to, use_c
 
-# Hopper's FP8 tensor cores keep about 13 fraction bits and truncate (DeepSeek-V3, 2412.19437 §3.5).
+# Hopper's FP8 tensor cores keep 13 fraction bits and truncate (DeepSeek-V3, 2412.19437 §3.5): each
+# product, where these modes cut sums of products. benchmarks/gpu_fp8.py has them side by side.
 _ACCUMULATOR = parse_quantizer("e8m13:truncate")
 _FAST_CHUNK = 32  # K of one FP8 tensor-core instruction
 _SPLIT_CHUNK = 128  # K after which Transformer Engine's split accumulator adds in fp32

@@ -78,10 +78,12 @@ def divide(number: float, x: Tensor) -> Tensor:
 
 
 def _e8m0_exponent(amax: Tensor, q: Quantizer) -> Tensor:
-    top = int(torch.tensor(q.format.largest, dtype=torch.float32).view(torch.int32))
-    e = (amax >> 23) - (top >> 23)
+    # In plain numbers: reading them off a tensor would break a traced graph.
+    top = q.format.largest_exponent
+    fraction = int((q.format.largest / 2.0**top - 1) * 2**23)
+    e = (amax >> 23) - (top + 127)
     if q.scale != "e8m0_floor":
-        e = e + ((amax & 0x7FFFFF) > (top & 0x7FFFFF)).to(torch.int32)
+        e = e + ((amax & 0x7FFFFF) > fraction).to(torch.int32)
     e = e.clamp(-127, 127)
     return (e + q.margin).clamp(max=127) if q.power_of_two else e
 
