@@ -45,9 +45,10 @@ def drill(
     json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the drill at --out.")] = False,
 ) -> None:
-    """Inject faults into a small run and show what the guard makes of each.
+    """Inject faults into a run, see the guard act.
 
-    Exit code 1 if the guard misses a requirement.
+    A small model is trained once without a fault, and goes on from there with each fault in turn:
+    bad data, corrupted state, a stale scale, a wrong learning rate, broken hardware. Exit code 1 if the guard misses a requirement.
     """
     from halfulp.cli.progress import Progress
     from halfulp.cli.train import _overrides
@@ -100,7 +101,8 @@ def _cells(row: "Drilled") -> tuple[str, ...]:
     if not math.isnan(row.unguarded_gap):
         gap += f" (unguarded {row.unguarded_gap:+.4f})"
     cost = row.withheld + row.replayed + row.passes
-    margin = "" if math.isnan(row.margin) else f"{row.margin:.1f} ×"
+    margin = {math.inf: "no other"}.get(row.margin, f"{row.margin:.1f} ×")
+    margin = "" if math.isnan(row.margin) else margin
     units = ", ".join(row.units)
     verdict = "pass" if row.passed else "fail"
     return (

@@ -22,6 +22,7 @@ PRECISION, DATA, STATE, HARDWARE, UNKNOWN = (
 )
 CANDIDATES = 4  # units that are switched to fp32 one at a time
 EXPLAINED = 0.8  # share of the excess that the guilty units must explain
+APART = 2.0  # times the growth of the next unit, from which one is to blame for the state
 NOISE = 1 / math.sqrt(3)  # relative gradient error from which a backward pass is useless
 _EQUAL = 1e-3  # relative difference of two equal passes where the kernels are not deterministic
 
@@ -118,9 +119,11 @@ def _state(case: _Case, found: Pass) -> Verdict:
         return case.verdict(STATE, [broken])
     growth = case.detector.growth(found.units)
     rows = [{"unit": unit, "growth": value} for unit, value in list(growth.items())[:CANDIDATES]]
-    values = [*list(growth.values())[:2], math.nan, math.nan]
-    margin = values[0] / values[1] if values[1] else math.inf
-    return case.verdict(STATE, list(growth)[:1], rows=tuple(rows), margin=margin)
+    first, second = [*growth.values(), math.nan, math.nan][:2]
+    margin = first / second if second else math.inf
+    # All units grow alike after a wrong learning rate: then none is to blame.
+    named = list(growth)[:1] if first > 1 and not margin < APART else []
+    return case.verdict(STATE, named, rows=tuple(rows), margin=margin)
 
 
 def _name_units(

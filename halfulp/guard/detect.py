@@ -200,11 +200,16 @@ class Detector:
         """Sustained worsening and divergence: of the mean that this step would give."""
         if self.seen < ACTIVE:
             return None
-        short, (_, spread) = _mean(self.short, loss, _SHORT), self.loss.scale()
-        if short > self.best_short + _DIVERGED_NATS:
+        short = _mean(self.short, loss, _SHORT)
+        active = len(self.loss.values) >= ACTIVE  # not where a phase has just begun
+        noise = 4 * self.loss.scale()[1] if active else 0.0
+        # The best of noisy means lies below what is usual, by more the smaller the batch.
+        if short > self.best_short + max(_DIVERGED_NATS, noise):
             evidence = {"mean loss": short, "best": self.best_short}
             return Trigger("divergence", step, step - self.above - _SHORT, 3, evidence)
-        bar = self.best_long + max(4 * spread, 0.02 * abs(self.best_long))
+        if not active:
+            return None
+        bar = self.best_long + max(noise, 0.02 * abs(self.best_long))
         self.above = self.above + 1 if short > bar else 0
         if self.above < _SUSTAINED:
             return None

@@ -210,11 +210,12 @@ class LostMoment(LastingFault):
 class NoisyGemm(Fault):
     """One linear gives random relative errors, others each time: in one call, or from then on.
 
-    Broken hardware (`lasting`) outlasts every rollback.
+    `error` is their standard deviation; wrong exponents give large ones. Broken hardware
+    (`lasting`) outlasts every rollback.
     """
 
     module: str = ""
-    error: float = 10.0  # standard deviation
+    error: float = 100.0
     lasting: bool = False
     seed: int = 0
 

@@ -114,10 +114,10 @@ def config_of_drill(
         "model": {"preset": "llama-tiny"},
         "data": {"tokenizer": "bytes", "length": 64, "max_tokens": 2_000_000},
         "train": {
-            "steps": 300 if quick else 420,
-            "rows": 8,
+            "steps": 260 if quick else 420,
+            "rows": 4 if quick else 8,
             "lr": 3e-3,
-            "eval_every": 10,
+            "eval_every": 20,
             "eval_batches": 4,
             "count_every": 25,
             "threads": 1,
@@ -249,10 +249,11 @@ def _cases(blocks: BlockMap, vocab: int, check: int) -> tuple[Case, ...]:
     """All faults, each where it is at home in this model; `check` steps are between two counts."""
     late, units = _late(blocks), units_of(blocks)
     unit, weight = units.of[late.block], f"{late.module}.weight"
-    lost = tuple(name for name, of in units.parameters.items() if of == unit)
+    hit = tuple(name for name, of in units.parameters.items() if of == unit)
     data = (gates.noticed(0), gates.verdict(DATA), gates.same_as_skipping)
     state = (gates.noticed(1), gates.verdict(STATE), gates.named(unit), gates.recovered_soon(0.02))
-    slow = (gates.noticed(20), gates.verdict(STATE), gates.recovered(0.05))
+    jump = (gates.noticed(20), gates.verdict(STATE), gates.named(""), gates.recovered(0.05))
+    lost = (gates.noticed(20), gates.verdict(STATE), gates.named(unit), gates.recovered(0.05))
     stale = (
         gates.triggered("numeric"), gates.noticed(check), gates.verdict(PRECISION),
         gates.named(unit), gates.ahead(5.0), gates.unsaturated(late.name, 1e-5),
@@ -272,8 +273,8 @@ def _cases(blocks: BlockMap, vocab: int, check: int) -> tuple[Case, ...]:
             "stale-scale", lambda at: faults.StaleScale(at, gemm=late.name),
             PRECISION, unit, stale,
         ),
-        Case("lr-jump", faults.RateJump, STATE, "", slow),
-        Case("lost-moment", lambda at: faults.LostMoment(at, parameters=lost), STATE, unit, slow),
+        Case("lr-jump", faults.RateJump, STATE, "", jump),
+        Case("lost-moment", lambda at: faults.LostMoment(at, parameters=hit), STATE, unit, lost),
         Case("noisy-gemm", lambda at: faults.NoisyGemm(at, module=late.module), HARDWARE, "", once),
         Case(
             "broken-gemm", lambda at: faults.NoisyGemm(at, module=late.module, lasting=True),

@@ -76,10 +76,13 @@ def verdict(kind: str) -> Judge:
 
 
 def named(unit: str) -> Judge:
-    """The first incident names this unit and no other."""
-    return lambda look: _same(
-        f"names {unit}", ", ".join(look.first.get("units", [])) or "none", unit
-    )
+    """The first incident names this unit and no other; with "" no unit at all."""
+
+    def judge(look: Look) -> Gate:
+        found, asked = ", ".join(look.first.get("units", [])), f"names {unit or 'no unit'}"
+        return Gate(asked, found or "none", bool(look.first) and found == unit)
+
+    return judge
 
 
 def ahead(least: float) -> Judge:
