@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdamW": "halfulp.optim",
     "BlockwiseSchedule": "halfulp.optim.blockwise",
+    "Budget": "halfulp.guard.budget",
+    "Guard": "halfulp.guard.loop",
     "HalfulpError": "halfulp.errors",
     "Key": "halfulp.numerics.random",
     "Policy": "halfulp.policy",

@@ -168,6 +168,17 @@ class Quantized:
         self._manual = True
         self.clock.set(step, micro)
 
+    @contextmanager
+    def at(self, step: int, micro: int = 0) -> Iterator[None]:
+        """Inside, forward passes are those of `step` and `micro`; the clock stays where it was."""
+        before, manual = self.clock.tensor.tolist(), self._manual
+        self.set_step(step, micro)
+        try:
+            yield
+        finally:
+            self.clock.set(*before)
+            self._manual = manual
+
     def end_step(self) -> None:
         """Take this step's amaxes into the delayed scales: the maximum over all ranks.
 

@@ -33,7 +33,7 @@ def param_groups(
         fresh = {"block": block, "params": [], "weight_decay": weight_decay if decays else 0.0}
         kind = lr_types[name] if lr_types else ""
         fresh |= {"lr_type": kind} if lr_types else {}
-        formats = _formats(resolution.parameters[name])
+        formats = storage_formats(resolution.parameters[name])
         group = groups.setdefault((block, decays, kind), fresh | formats)
         group["params"].append((name, p))
     if not groups:
@@ -41,7 +41,8 @@ def param_groups(
     return list(groups.values())
 
 
-def _formats(recipe: Recipe) -> dict[str, str]:
+def storage_formats(recipe: Recipe) -> dict[str, str]:
+    """The keywords of `AdamW` that store weights and moments as `recipe` says."""
     stored = recipe.weight if recipe.master is None else recipe.master
     return {
         "weight": str(stored),

@@ -1,0 +1,624 @@
+"""The guard around one's own training loop: `halfulp.Guard`."""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from halfulp.blocks import block_map
+from halfulp.errors import ConfigError, PolicyError, RunError, StoppedError, require
+from halfulp.guard.budget import HORIZON, Budget
+from halfulp.guard.calls import Call
+from halfulp.guard.detect import ACTIVE, SPIKE, Trigger
+from halfulp.guard.host import Pass
+from halfulp.guard.keeper import BACK, RETRY, STOP, Incident, Keeper
+from halfulp.guard.ladder import Ladder
+from halfulp.guard.own_loop import LoopHost, LossOf, is_loader, local, unwrapped
+from halfulp.guard.ring import EVERY, KEPT, Ring, Snapshot, check_memory
+from halfulp.guard.rules import Finding, Numeric, readings_of
+from halfulp.optim import AdamW
+from halfulp.policy import Policy, Resolution
+from halfulp.quantization import Quantized, quantize
+
+LOG = logging.getLogger("halfulp.guard")
+COUNT_EVERY = 25  # steps between two looks at the counters of the quantizers
+MOST_SKIPS = 40  # steps in a row that a loss scaler may skip
+_STORAGE = ("lost_updates", "v_underflow")  # rules on how weights and moments are stored
+_SAME = 1e-3  # relative difference at most between a step and its rehearsal
+
+
+@dataclass
+class _Made:
+    """A step whose update the loop has been allowed to make."""
+
+    calls: list[Call]
+    seen: Pass | None  # None: still on its way from the device
+    values: Tensor | None = None
+    event: Any = None
+    stepped: bool = False  # the optimizer has
+
+
+class Guard:
+    """Watches a training loop, and answers after each backward pass whether to update.
+
+        guard = halfulp.Guard(model, optimizer, policy="te_delayed", also=[scheduler], steps=10_000)
+        for batch in loader:
+            loss = model(**batch).loss
+            loss.backward()
+            if guard.step(loss):
+                optimizer.step()
+            optimizer.zero_grad()
+
+    * `model` may be wrapped in DistributedDataParallel, fully_shard or torch.compile. `policy`
+      quantizes it; a model that is quantized keeps its policy. Without quantizers there is no
+      precision to raise, and incidents are answered by skipping and rolling back alone.
+    * `also`: what else is put back in a rollback, by state_dict and load_state_dict: the scheduler,
+      and a loader that can rewind. After a rollback that took a loader along, `rewound` is true
+      until the next step: leave the loop over the loader and begin it anew. Without such a loader
+      the data simply goes on.
+    * `loss`: (output, args, kwargs) → scalar, for models whose output has no `loss`.
+    * `steps`: planned, which `budget` has shares of. `log`: a file for one JSON line per incident,
+      or a function that receives it as a dict; by default they go to the logger halfulp.guard.
+    * `scaler`: the loop's GradScaler; call `scaler.unscale_(optimizer)` before `guard.step`. Steps
+      that it will skip are no incidents.
+
+    All forward passes in training mode since the last step are its micro-batches. The first step is
+    done a second time (its gradients stay), to make sure that the guard can do a step again. Clip
+    gradients after `guard.step`. A loop must not write into its batches.
+
+    Raises PolicyError for a policy that does not cover the model; ConfigError for arguments that
+    cannot be used, a ring that does not fit in memory, and a first step that cannot be repeated.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        policy: Policy | str | Path | None = None,
+        budget: Budget | None = None,
+        steps: int = HORIZON,
+        also: Iterable[Any] = (),
+        loss: LossOf | None = None,
+        log: str | Path | Callable[[dict[str, Any]], object] | None = None,
+        scaler: Any = None,
+        hints: Mapping[str, str] | None = None,
+        snapshot_every: int = EVERY,
+        snapshots: int = KEPT,
+    ) -> None:
+        budget = budget or Budget()
+        _check(budget, steps, snapshot_every, snapshots)
+        bare = unwrapped(model)
+        ladder, handle = _ladder(bare, policy, hints)
+        self.handle, self._ladder, self._log = handle, ladder, log
+        self._host = LoopHost(model, handle, ladder, loss)
+        self._host.scaler = scaler
+        self._keeper = Keeper(
+            self._host, ladder, steps, budget, self._report, Ring(snapshot_every, snapshots)
+        )
+        self._numeric = Numeric()
+        self._rehearsed: set[int] = set()
+        self._made: _Made | None = None
+        self._skipped_by_scaler = 0
+        self._rates: list[Any] = []
+        self._counted = False  # in the last update
+        self._late = False  # answering for a step that is over
+        self.incidents: list[Incident] = []
+        self.notes: list[str] = []
+        self.rewound = False
+        self.optimizer: torch.optim.Optimizer | None = None
+        if optimizer is not None:
+            self.attach(optimizer, also)
+
+    def attach(self, optimizer: torch.optim.Optimizer, also: Iterable[Any] = ()) -> None:
+        """Take the optimizer, where it is made after the guard, and what else goes back with it."""
+        if self.optimizer is not None:
+            raise ConfigError("this guard has an optimizer already. Make one guard per optimizer.")
+        host = self._host
+        self.optimizer = host.optimizer = optimizer
+        host.also = [_restorable(o) for o in also]
+        host.note_loaders()
+        if not host.rewinds:
+            self.notes.append("the data does not rewind: after a rollback it goes on")
+        self._in_flight = host.device.type == "cuda" and self._can_hold(optimizer)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._slow_down),
+            optimizer.register_step_post_hook(self._stepped),
+        ]
+        size = sum(p.numel() * (p.element_size() + 8) for p in _parts(host.bare))
+        check_memory(size, self._keeper.ring.most, "snapshots")
+
+    def step(self, loss: Tensor | float | None = None) -> bool:
+        """After the backward pass: whether to make the update. The same on every process.
+
+        `loss`: of the step, in nats; the mean over its micro-batches where there are several. None
+        takes it from the model's outputs. False: gradients are gone; go on with the next batch.
+
+        True after an incident may come with other gradients: the guard has raised a precision and
+        has done the step again. On a GPU with a fused torch optimizer nothing waits for the device:
+        an update that the device finds abnormal is withheld there although the answer is True, and
+        the incident follows in the next step.
+
+        Raises StoppedError when nothing that the guard may do has helped.
+        """
+        host, calls = self._host, self._host.recorder.take()
+        self._check_step(calls)
+        vars(self.optimizer).pop("found_inf", None)
+        self.rewound = False
+        if not self._keeper.ring.snapshots:
+            self._keeper.begin(host.done)
+        values = host.measure(self._given(loss, calls))
+        if len(calls) not in self._rehearsed:
+            values = self._rehearse(calls, loss, values)
+        late = self._finish()
+        went_back = isinstance(late, Incident) and late.action == BACK
+        host.position += not (went_back and host.rewinds)
+        if went_back:
+            return self._withhold()
+        host.now = calls
+        if host.position in host.skips:
+            return self._withhold()
+        if isinstance(late, Incident) and late.action == RETRY:
+            values = host.measure(host.run(calls))
+        if self._in_flight and late is None:
+            return self._let_go(calls, values)
+        seen = host.as_pass(values)
+        return self._decide(seen, late if isinstance(late, Trigger) else None)
+
+    @property
+    def model(self) -> nn.Module:
+        """The guarded model, without what wraps it."""
+        return self._host.bare
+
+    def map(self) -> dict[str, str]:
+        """The precision map: the recipe of every block."""
+        return self._ladder.map()
+
+    def policy(self) -> Policy:
+        """The precision map as a policy for the next run; `to_toml` writes it."""
+        return self._ladder.policy()
+
+    @property
+    def spent(self) -> dict[str, Any]:
+        """What the guard has cost so far, in steps' worth of tokens: see halfulp.guard.budget."""
+        return self._keeper.spent.state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that it knows, between two steps: plain values and the snapshots' tensors.
+
+        The batches that stand in for fresh data are not part of it.
+        """
+        self._finish()
+        host, ring = self._host, self._keeper.ring
+        host.settled()
+        return {
+            "policy": _digest(self._ladder.base),
+            "done": host.done,
+            "position": host.position,
+            "skips": sorted(host.skips),
+            "sums": [host.sum_loss, host.sum_gradient],
+            "keeper": self._keeper.state(),
+            "numeric": self._numeric.state_dict(),
+            "histories": self.handle.state_dict() if self.handle else {},
+            "time": list(host.time),
+            "ring": [
+                {"step": s.step, "tensors": dict(s.tensors), "facts": dict(s.facts), "good": s.good}
+                for s in ring.snapshots
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`; model, optimizer and the others are put back by the user.
+
+        Raises RunError if the guard was saved under another policy.
+        """
+        if state["policy"] != _digest(self._ladder.base):
+            raise RunError(
+                "the saved guard belongs to another policy. Give halfulp.Guard the policy of the "
+                "saved run, or begin with a new guard."
+            )
+        host = self._host
+        host.done, host.position = state["done"], state["position"]
+        host.skips, self._made = set(state["skips"]), None
+        host.sum_loss, host.sum_gradient = state["sums"]
+        self._keeper.load(state["keeper"])
+        self._numeric.load_state_dict(state["numeric"])
+        if self._ladder.is_raised:
+            host.apply(self._ladder.policy())
+        saved = {f"quantizers/{name}": t for name, t in state["histories"].items()}
+        host.restore_histories(saved, state["time"])
+        self._keeper.ring.snapshots = [
+            Snapshot(row["step"], row["tensors"], row["facts"], row["good"])
+            for row in state["ring"]
+        ]
+        host.note_loaders()
+
+    def close(self) -> None:
+        """Leave model and optimizer alone; the model stays quantized as it is."""
+        self._host.recorder.close()
+        for hook in self._hooks if self.optimizer is not None else []:
+            hook.remove()
+
+    def hf(self) -> Any:
+        """A callback for transformers.Trainer: see halfulp.integrations.hf."""
+        from halfulp.integrations.hf import GuardCallback
+
+        return GuardCallback(self)
+
+    def lightning(self) -> Any:
+        """A callback for lightning.pytorch.Trainer: see halfulp.integrations.lightning.
+
+        MissingExtraError where Lightning is not installed.
+        """
+        require("lightning.pytorch", "lightning")
+        from halfulp.integrations.lightning import GuardCallback
+
+        return GuardCallback(self)
+
+    # The step in question.
+
+    def _decide(self, seen: Pass, trigger: Trigger | None = None) -> bool:
+        """Judge what the host has seen; act until the step is good or given up."""
+        host, keeper = self._host, self._keeper
+        while True:
+            if trigger is None:
+                if self._scaler_skips(seen):
+                    return True
+                trigger = keeper.judge(host.done + 1, seen)
+            if trigger is None:
+                self._allow(_Made(host.now, seen))
+                return True
+            incident = keeper.respond(replace(trigger, step=host.done + 1), seen)
+            if incident.action != RETRY:
+                return self._answer(incident)
+            trigger, seen = None, host.as_pass(host.measure(host.run(host.now)))
+
+    def _allow(self, made: _Made) -> None:
+        """The update may be made: what is known of the step before it."""
+        host, self._made = self._host, made
+        host.finish()
+        due = host.done + 1
+        if due % self._keeper.ring.every == 0:
+            host.note_loaders()
+        self._look(due)
+        if self.handle is not None:
+            self.handle.count((due + 1) % COUNT_EVERY == 0)
+
+    def _answer(self, incident: Incident) -> bool:
+        if incident.action == STOP:
+            raise StoppedError(_stopped(incident))
+        self.rewound = incident.action == BACK and self._host.rewinds
+        return self._withhold()
+
+    def _withhold(self) -> bool:
+        if self.handle is not None and self.handle.clock.counting:
+            self.handle.counters()  # those of a step that was not made are forgotten
+        self._host.forget()
+        return False
+
+    def _let_go(self, calls: list[Call], values: Tensor) -> bool:
+        """Let the device decide about the update, and look at its decision in the next step."""
+        loss, total = values[0], values[-1]
+        bars = self._bars()
+        held = ~(torch.isfinite(loss) & torch.isfinite(total))
+        held = held | (loss > bars[0]) | (total > bars[1])
+        self.optimizer.found_inf = held.float().reshape(1)  # pyright: ignore
+        sent = torch.empty(len(values) + 1, dtype=torch.float64, pin_memory=True)
+        sent.copy_(torch.cat([values, held.double().reshape(1)]), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._allow(_Made(calls, None, sent, event))
+        return True
+
+    def _bars(self) -> tuple[float, float]:
+        """What the loss and the square of the gradient norm of a spike exceed."""
+        bars, detector = [], self._keeper.detector
+        for window in (detector.loss, detector.norm):
+            middle, spread = window.scale() if len(window.values) >= ACTIVE else (math.inf, 0.0)
+            bars.append(middle + SPIKE * spread)
+        return bars[0], math.exp(min(700.0, 2 * bars[1])) if bars[1] < math.inf else math.inf
+
+    def _finish(self) -> Trigger | Incident | None:
+        """The step before is over: accept it, or answer what the device has found in it."""
+        made, self._made = self._made, None
+        if made is None:
+            return None
+        host, keeper, seen = self._host, self._keeper, made.seen
+        trigger, held = None, False
+        if seen is None:
+            assert made.values is not None
+            made.event.synchronize()
+            *numbers, held = made.values.tolist()
+            seen = host.as_pass(numbers)
+            trigger = keeper.judge(host.done + 1, seen)
+        if held:
+            trigger = trigger or Trigger("spike", host.done + 1, host.done + 1, 1)
+            return self._answer_late(trigger, seen, made.calls)
+        if made.stepped:
+            host.done += 1
+            host.recent.append(made.calls)
+            keeper.accept(host.done, seen)
+            keeper.keep(host.done)
+            keeper.descend(host.done)
+        return trigger
+
+    def _answer_late(self, trigger: Trigger, seen: Pass, calls: list[Call]) -> Incident:
+        """Answer for the step before, whose update the device has withheld."""
+        host = self._host
+        now, host.now = host.now, calls
+        self._late = True
+        incident = self._keeper.respond(trigger, seen)
+        self._late, host.now = False, now
+        if incident.action == STOP:
+            raise StoppedError(_stopped(incident))
+        self.rewound = incident.action == BACK and host.rewinds
+        return incident
+
+    # Numeric rules.
+
+    def _look(self, step: int) -> None:
+        """Numeric rules on what the quantizers and a halfulp.AdamW have counted."""
+        if self.handle is None:
+            return
+        rows, optimizer, counting = self.handle.stale(), [], self.handle.clock.counting
+        if counting:
+            rows += _everywhere(self.handle.counters())
+        if isinstance(self.optimizer, AdamW):
+            # Its rows are those of the update before, which came after the last look.
+            optimizer = self.optimizer.counters()
+            optimizer = _everywhere(optimizer) if self._counted else optimizer
+            self._counted = counting
+            self.optimizer.count(counting)
+        readings = readings_of(rows, optimizer)
+        findings = self._numeric.observe(step, readings)
+        acts = [finding for finding in findings if finding.level == "act"]
+        for storage in (False, True):
+            self._raise(step, [f for f in acts if (f.rule in _STORAGE) == storage], storage)
+
+    def _raise(self, step: int, findings: list[Finding], storage: bool) -> None:
+        of, suspects = self._host.units.of, dict[str, float]()
+        for f in findings:
+            over = f.value / f.threshold if f.threshold else math.inf
+            suspects[of[f.block]] = max(over, suspects.get(of[f.block], 0.0))
+        if not findings:
+            return
+        incident = self._keeper.check(
+            step,
+            suspects,
+            storage=storage,
+            backward=any(f.backward for f in findings),
+            signals={f"{f.rule} of {f.place}": f.value for f in findings},
+        )
+        for unit in incident.raised if incident else ():
+            for block in self._host.units.blocks.get(unit, self._host.units.of):
+                self._numeric.forget(block)
+        self._host.set_mark()
+
+    # Between the loop and the keeper.
+
+    def _given(self, loss: Tensor | float | None, calls: list[Call]) -> Tensor:
+        """The loss of the step, fp64 on the device."""
+        device = self._host.device
+        if loss is not None:
+            return torch.as_tensor(loss, dtype=torch.float64, device=device).detach()
+        losses = [call.loss for call in calls if call.loss is not None]
+        if len(losses) < len(calls):
+            raise ConfigError(
+                "the model's outputs have no loss. Give it: guard.step(loss), the mean over the "
+                "step's micro-batches."
+            )
+        return self._host.total(losses)
+
+    def _rehearse(self, calls: list[Call], loss: Tensor | float | None, values: Tensor) -> Tensor:
+        """Do the step a second time, to learn how the loop adds up its micro-batches."""
+        host, seen = self._host, self._host.as_pass(values)
+        if not (math.isfinite(seen.loss) and math.isfinite(seen.norm)):
+            return values  # a later step will tell
+        host.now, count = calls, len(calls)
+        host.sum_loss = host.sum_gradient = False
+        again = host.replay()
+        host.sum_gradient = count > 1 and _close(seen.norm, count * again.norm)
+        host.sum_loss = count > 1 and _close(seen.loss, count * again.loss)
+        if loss is None:
+            host.sum_loss = host.sum_gradient
+            values = host.measure(self._given(None, calls))
+        if host.sum_gradient or host.sum_loss:
+            seen, again = host.as_pass(values), host.replay()
+        if not _close(seen.loss, again.loss) or not _close(seen.norm, again.norm):
+            raise ConfigError(_unlike(seen, again, count))
+        if host.deterministic and (seen.loss, seen.norm) != (again.loss, again.norm):
+            host.deterministic = False
+            self.notes.append("a step done again differs in the last bits: it cannot show hardware")
+        self._rehearsed.add(count)
+        return values
+
+    def _scaler_skips(self, seen: Pass) -> bool:
+        """Whether the loss scaler will skip this step, and will be able to go on."""
+        broken = math.isfinite(seen.loss) and not math.isfinite(seen.norm)
+        if self._host.scaler is None or not broken:
+            self._skipped_by_scaler = 0
+            return False
+        self._skipped_by_scaler += 1
+        return self._skipped_by_scaler <= MOST_SKIPS
+
+    def _can_hold(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an update can be withheld on the device, without waiting for it."""
+        able = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if able and self._host.scaler is None:
+            return True
+        why = "a GradScaler is used" if able else f"{type(optimizer).__name__} is not fused"
+        self.notes.append(
+            f"each step waits once for the GPU, because {why}; torch.optim.AdamW(…, fused=True) "
+            "without a GradScaler need not"
+        )
+        return False
+
+    def _slow_down(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """During a step, groups that hold parameters of a slowed unit have a lower rate."""
+        factors, host = self._keeper.factors(self._host.done), self._host
+        self._rates = [group["lr"] for group in optimizer.param_groups] if factors else []
+        for group in optimizer.param_groups if factors else ():
+            found = [factors[unit] for unit in host.units_in(group) if unit in factors]
+            group["lr"] = group["lr"] * min(found, default=1.0)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
+            group["lr"] = rate
+        if self._made is not None:
+            self._made.stepped = True
+        if self._in_flight:
+            vars(optimizer).pop("found_inf", None)
+
+    def _check_step(self, calls: list[Call]) -> None:
+        if self.optimizer is None:
+            raise ConfigError("the guard has no optimizer. Give it one: guard.attach(optimizer).")
+        if not calls:
+            raise ConfigError(
+                "guard.step was called, and the guarded model has made no forward pass in training "
+                "mode since the last one. Call it once per step, after loss.backward(), and give "
+                "the guard the module that the loop calls."
+            )
+
+    def _report(self, incident: Incident) -> None:
+        done = list(incident.done)
+        if incident.action == BACK:
+            done.append(
+                "the loader is rewound"
+                if self._host.rewinds
+                else "the data goes on: no loader that rewinds was given"
+            )
+        if incident.action == RETRY and self._late:
+            done.append("the batch of the withheld step is not repeated")
+        incident = replace(incident, done=tuple(done))
+        self.incidents.append(incident)
+        if dist.is_available() and dist.is_initialized() and dist.get_rank():
+            return
+        row = {"event": "guard", **incident.fields(), "map": self.map()}
+        if callable(self._log):
+            self._log(row)
+        elif self._log is not None:
+            with Path(self._log).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, default=str) + "\n")
+        else:
+            LOG.warning("%s; %s: %s", incident.trigger, incident.verdict.kind, "; ".join(done))
+
+
+def _ladder(
+    bare: nn.Module, policy: Policy | str | Path | None, hints: Mapping[str, str] | None
+) -> tuple[Ladder, Quantized | None]:
+    """The ladder over the policy of a model, which is quantized if there is something to do."""
+    blocks, handle = block_map(bare, hints), bare.__dict__.get("halfulp")
+    if handle is None and policy is None:
+        return Ladder(Policy.from_recipe("fp32"), blocks), None
+    if handle is None:
+        own = _load(policy)
+        return Ladder(own, blocks), quantize(bare, own, hints=hints)
+    own = _load(policy) if policy is not None else _policy_of(handle.resolution)
+    if own.resolve(blocks).gemms != handle.resolution.gemms:
+        raise PolicyError(
+            "the model is quantized already, by another policy than the guard was given. Give the "
+            "guard the same policy or none, or call halfulp.unquantize(model) first."
+        )
+    return Ladder(own, blocks), handle
+
+
+def _load(policy: Policy | str | Path | None) -> Policy:
+    if isinstance(policy, str) and not policy.endswith(".toml"):
+        return Policy.from_recipe(policy)
+    if isinstance(policy, str | Path):
+        return Policy.load(Path(policy))
+    if isinstance(policy, Policy):
+        return policy
+    raise PolicyError(
+        f"a policy is a Policy, a recipe name or a path; found {type(policy).__name__}."
+    )
+
+
+def _policy_of(resolution: Resolution) -> Policy:
+    """A policy that decides as `resolution`, whose rules have their keeps spelled out."""
+    rules = (replace(r, recipe=replace(r.recipe, keep=())) for r in resolution.rules)
+    return Policy(tuple(rules))
+
+
+def _digest(policy: Policy) -> str:
+    return hashlib.sha256(policy.to_toml().encode()).hexdigest()
+
+
+def _restorable(o: Any) -> Any:
+    if hasattr(o, "state_dict") and hasattr(o, "load_state_dict"):
+        return o
+    name = type(o).__name__
+    if is_loader(o):
+        raise ConfigError(
+            f"{name} in `also` has no state_dict and load_state_dict, so it cannot rewind. Use a "
+            "loader that can (torchdata's StatefulDataLoader), or leave it out: the data then goes "
+            "on after a rollback."
+        )
+    raise ConfigError(
+        f"{name} in `also` has no state_dict and load_state_dict, so it cannot be put back. Give "
+        "it both, or leave it out."
+    )
+
+
+def _check(budget: Budget, steps: int, every: int, kept: int) -> None:
+    least = {"steps": steps, "snapshot_every": every, "snapshots": kept}
+    least |= {"budget.rollbacks": budget.rollbacks}
+    for name, value in least.items():
+        if value < 1:
+            raise ConfigError(f"{name} = {value} leaves the guard nothing to do. Give 1 or more.")
+    shares = {"wasted": budget.wasted, "raised": budget.raised, "attribution": budget.attribution}
+    for name, value in shares.items():
+        if not 0 < value <= 1:
+            raise ConfigError(
+                f"budget.{name} = {value:g} is no share that the guard could use. Give a number "
+                "above 0 and at most 1; without a guard, do not make one."
+            )
+
+
+def _parts(model: nn.Module) -> list[Tensor]:
+    """This process's parts of the parameters."""
+    return [local(p.detach()) for p in model.parameters()]
+
+
+def _everywhere(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of every process, so that all find the same."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=_SAME)
+
+
+def _unlike(seen: Pass, again: Pass, count: int) -> str:
+    """Why the first step could not be repeated."""
+    return (
+        f"the guard has done the step a second time and has found something else: loss "
+        f"{again.loss:.6g} and gradient norm {again.norm:.6g}, where the loop has loss "
+        f"{seen.loss:.6g} and norm {seen.norm:.6g} ({count} micro-batches). It must be able to do "
+        "a step again. Call guard.step before gradients are clipped and after they are unscaled; "
+        "give it the mean loss of the micro-batches; and where the loss is not the one in the "
+        "model's output, give halfulp.Guard(…, loss=…)."
+    )
+
+
+def _stopped(incident: Incident) -> str:
+    trigger, verdict = incident.trigger, incident.verdict
+    units = f" in {', '.join(verdict.units[:4])}" if verdict.units else ""
+    return (
+        f"the guard stopped the loop at step {trigger.step}: {incident.done[-1]}. It saw "
+        f"{trigger}; its verdict is {verdict.kind}{units}. Nothing of that step was updated; model "
+        "and optimizer are as they were before it. Go on from your last good checkpoint with a "
+        "lower learning rate or a wider recipe; guard.incidents tells what happened."
+    )

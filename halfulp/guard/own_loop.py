@@ -1,0 +1,499 @@
+"""The user's own training loop as a host of the guard: forward passes made again, state put back.
+
+The gradient of a step is that of the mean, or of the sum, of the losses of its forward passes
+(micro-batches); the first step tells which.
+"""
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from halfulp.errors import ConfigError
+from halfulp.guard.calls import (
+    Call,
+    Recorder,
+    autocast,
+    loss_in,
+    made_as,
+    put_scales,
+    random_state,
+    scales_of,
+    set_random,
+    synchronized,
+    time_of,
+)
+from halfulp.guard.host import ALL, Pass
+from halfulp.guard.ladder import Ladder
+from halfulp.guard.ring import Snapshot
+from halfulp.optim import AdamW
+from halfulp.optim.groups import storage_formats
+from halfulp.policy import Policy
+from halfulp.quantization import Quantized
+
+LossOf = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Tensor]
+FRESH = 3  # accepted steps whose batches stand in for fresh data
+
+
+class LoopHost:
+    """A loop as halfulp.guard.host.Host describes it; `now` are the calls of the step in question.
+
+    `done` counts finished steps and `position` the steps that batches were taken for.
+    """
+
+    def __init__(
+        self, model: nn.Module, handle: Quantized | None, ladder: Ladder, loss: LossOf | None
+    ) -> None:
+        self.model, self.bare = model, unwrapped(model)
+        self.handle, self.ladder, self.units, self._loss = handle, ladder, ladder.units, loss
+        compiled = hasattr(model, "_orig_mod")
+        self.recorder = Recorder(model if compiled else self.bare, handle)
+        self.device = self.recorder.device
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.also: Sequence[Any] = ()
+        self.scaler: Any = None
+        cpu = self.device.type == "cpu"
+        self.deterministic = cpu or torch.are_deterministic_algorithms_enabled()
+        self.sum_loss = self.sum_gradient = False  # of micro-batches; False: their mean
+        self.now: list[Call] = []
+        self.recent: deque[list[Call]] = deque(maxlen=FRESH)
+        self.done = self.position = 0
+        self.skips: set[int] = set()
+        self.kept: list[Tensor] = []
+        self._mark = time_of(handle), scales_of(handle)
+        self._loaders: list[Any] = []
+
+    # What the guard asks of a loop.
+
+    def replay(
+        self,
+        off: Collection[str] = (),
+        *,
+        fresh: int = 0,
+        backward: bool = True,
+        keep: bool = False,
+        compare: bool = False,
+    ) -> Pass:
+        """The calls again; fresh data are those of the accepted steps before."""
+        calls = self.now
+        if fresh and self.recent:
+            calls = self.recent[-min(fresh, len(self.recent))]
+        with self._untouched(), self._plain(off):
+            if not backward:
+                with torch.no_grad():
+                    losses = [self._again(call) for call in calls]
+                total = self.over_processes(self.total(losses), torch.zeros(0, device=self.device))
+                return Pass(total[0].item(), math.nan)
+            found = self.as_pass(self.measure(self.run(calls)))
+            if keep:
+                self.kept = [gradient.clone() for _, gradient in self._gradients()]
+            return self._compared(found) if compare else found
+
+    def differing_unit(self) -> str:
+        with self._untouched():
+            runs = [self._outputs() for _ in range(2)]
+        names = [n for n, value in runs[0].items() if not torch.equal(value, runs[1][n])]
+        return self._unit_of(names[:1])
+
+    def broken_unit(self) -> str:
+        with self._untouched():
+            names = [n for n, v in self._outputs().items() if not torch.isfinite(v).all()]
+            if any(_gathered(names[:1])):
+                return self._unit_of(names[:1])
+            self.run(self.now)
+            names = [n for n, g in self._gradients() if not torch.isfinite(g).all()]
+        # The backward pass has met the last parameters first.
+        return self._unit_of([name.rpartition(".")[0] for name in names[-1:]])
+
+    def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies on the CPU; those from a GPU may still be under way (`settled`)."""
+        tensors = {f"model/{name}": t for name, t in self._model_tensors()}
+        plain: dict[str, Any] = {}
+        for name, key, value in self._optimizer_states():
+            into = tensors if isinstance(value, Tensor) else plain
+            into[f"optimizer/{name}/{key}"] = value
+        time, scales = self._mark
+        tensors |= {f"quantizers/{name}": amaxes for name, (amaxes, *_) in scales.items()}
+        facts = {
+            "time": list(time),
+            "position": self.position,
+            "optimizer": plain,
+            "groups": [_plain_group(group) for group in self._groups()],
+            "also": [
+                saved if is_loader(o) else copy.deepcopy(o.state_dict())
+                for o, saved in zip(self.also, self._loaders, strict=True)
+            ],
+        }
+        return {name: _on_cpu(local(t)) for name, t in tensors.items()}, facts
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self.drop_gradients()
+        self.settled()
+        facts, tensors = snapshot.facts, snapshot.tensors
+        with torch.no_grad():
+            for name, tensor in self._model_tensors():
+                local(tensor).copy_(tensors[f"model/{name}"])
+            self._restore_optimizer(tensors, facts)
+        self.restore_histories(tensors, facts["time"])
+        for o, state in zip(self.also, facts["also"], strict=True):
+            o.load_state_dict(copy.deepcopy(state))
+        self.done = snapshot.step
+        if self.rewinds:
+            self.position, self._loaders = facts["position"], list(facts["also"])
+
+    def apply(self, policy: Policy) -> None:
+        assert self.handle is not None  # without quantizers nothing can be raised
+        resolution = policy.resolve(self.ladder.blocks)
+        self.handle.switch(resolution)
+        if isinstance(self.optimizer, AdamW):
+            for group in self.optimizer.param_groups:
+                owner = self._owners(group)
+                if len(owner) == 1:
+                    name = next(iter(owner.values()))
+                    group.update(storage_formats(resolution.parameters[name]))
+
+    def skip(self, first: int, last: int) -> int:
+        """Batches of these steps are withheld when they come (again)."""
+        start = self.position - (self.done + 1 - first)
+        new = set(range(max(0, start), self.position + (last - self.done))) - self.skips
+        self.skips |= new
+        return len(new)
+
+    # What the loop around it needs.
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether going back takes the data along."""
+        return any(is_loader(o) for o in self.also)
+
+    @property
+    def time(self) -> tuple[int, int]:
+        """The quantizers' clock after the last step that counts."""
+        return self._mark[0]
+
+    def settled(self) -> None:
+        """Wait until the copies of `capture` are complete."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def note_loaders(self) -> None:
+        """Keep where the loaders stand: the batches of this step are the last ones taken."""
+        self._loaders = [copy.deepcopy(o.state_dict()) if is_loader(o) else None for o in self.also]
+
+    def finish(self) -> None:
+        """The step's passes count: their amaxes go into the delayed scales."""
+        if self.handle is not None:
+            self.handle.end_step()
+        self.set_mark()
+
+    def set_mark(self) -> None:
+        self._mark = time_of(self.handle), scales_of(self.handle)
+
+    def forget(self) -> None:
+        """The step's passes did not happen: no gradient, no amax, no step of random numbers."""
+        self.drop_gradients()
+        if self.handle is not None:
+            time, scales = self._mark
+            self.handle.forget_seen()
+            put_scales(self.handle, scales)
+            self.handle.clock.set(*time)
+
+    def drop_gradients(self) -> None:
+        for p in self.bare.parameters():
+            p.grad = None
+
+    def run(self, calls: Sequence[Call]) -> Tensor:
+        """The calls' loss; their gradient, as the user's loop makes it, is left in `.grad`."""
+        self.drop_gradients()
+        scale, losses = self.scaler.get_scale() if self.scaler else 1.0, []
+        for i, call in enumerate(calls):
+            last = i == len(calls) - 1
+            with self._quiet(), synchronized(self.model, last):
+                with made_as(call, self.handle, self.device):
+                    loss = self._forward(call)
+                    # A division, as users write it: a product would round differently.
+                    share = loss if self.sum_gradient else loss / len(calls)
+                    (share * scale).backward()
+                losses.append(loss.detach())
+        if self.scaler:
+            for _, gradient in self._gradients():
+                gradient.mul_(1.0 / scale)
+        return self.total(losses)
+
+    def total(self, losses: Sequence[Tensor]) -> Tensor:
+        """The loss of a step from those of its micro-batches, fp64."""
+        each = torch.stack([loss.double() for loss in losses])
+        return each.sum() if self.sum_loss else each.mean()
+
+    def measure(self, loss: Tensor) -> Tensor:
+        """[loss, sum of squares of each unit's gradient, of all], fp64, over all processes."""
+        named = self._gradients()
+        squares = torch.zeros(len(self.units.names), dtype=torch.float64, device=self.device)
+        if named:
+            places = self._places([name for name, _ in named])
+            squares.index_add_(0, places, _norms([g for _, g in named]).square())
+        return self.over_processes(loss, squares)
+
+    def over_processes(self, loss: Tensor, squares: Tensor) -> Tensor:
+        """As `measure`, from the values of this process."""
+        loss, total = loss.detach().double().reshape(1), squares.sum().reshape(1)
+        values = torch.cat([loss.to(self.device), squares, total])
+        if not (dist.is_available() and dist.is_initialized()):
+            return values
+        sharded = any(isinstance(p, DTensor) for p in self.bare.parameters())
+        size = dist.get_world_size()
+        values[0] /= size
+        if not sharded:
+            values[1:] /= size  # each process has the whole gradient
+        dist.all_reduce(values)
+        return values
+
+    def as_pass(self, values: Tensor | Sequence[float]) -> Pass:
+        """What `measure` gave, on the host."""
+        numbers = values.tolist() if isinstance(values, Tensor) else list(values)
+        loss, *squares, total = numbers
+        roots = [math.sqrt(s) if s >= 0 else math.nan for s in squares]
+        norm = math.sqrt(total) if total >= 0 else math.nan
+        return Pass(loss, norm, dict(zip(self.units.names, roots, strict=True)))
+
+    def units_in(self, group: Mapping[str, Any]) -> set[str]:
+        """The units whose parameters a group of the optimizer holds."""
+        return {self.units.parameters[name] for name in self._owners(group).values()}
+
+    def restore_histories(self, tensors: Mapping[str, Tensor], time: Sequence[int]) -> None:
+        """Those that the policy in force still has; a raised block has none, or begins anew."""
+        if self.handle is None:
+            return
+        mine = self.handle.state_dict()
+        saved = {name: tensors.get(f"quantizers/{name}", own) for name, own in mine.items()}
+        self.handle.load_state_dict(saved)
+        self.handle.clock.set(*time)
+        self.set_mark()
+
+    # How it does that.
+
+    def _forward(self, call: Call) -> Tensor:
+        with autocast(call, self.device):
+            output = self.model(*call.args, **call.kwargs)
+            loss = self._loss(output, call.args, call.kwargs) if self._loss else loss_in(output)
+        if loss is None:
+            raise ConfigError(
+                f"the output of {type(self.bare).__name__} has no loss, so the guard cannot do a "
+                "step again. Give labels to the model, or a function: halfulp.Guard(…, "
+                "loss=lambda output, args, kwargs: …)."
+            )
+        return loss
+
+    def _again(self, call: Call) -> Tensor:
+        with self._quiet(), made_as(call, self.handle, self.device):
+            return self._forward(call).detach()
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Inside, forward passes are the guard's own."""
+        training, self.recorder.on = self.model.training, False
+        self.model.train()
+        try:
+            with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
+                yield
+        finally:
+            self.recorder.on = True
+            self.model.train(training)
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """Gradients, scales, random streams, counters and buffers are afterwards as before."""
+        parameters, handle = list(self.bare.parameters()), self.handle
+        gradients, random = [p.grad for p in parameters], random_state(self.device)
+        buffers = {name: b.clone() for name, b in self.bare.named_buffers()}
+        scales = scales_of(handle)
+        counting = handle is not None and handle.clock.counting
+        for p in parameters:
+            p.grad = None
+        if handle is not None:
+            handle.count(False)
+        try:
+            yield
+        finally:
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            for name, buffer in self.bare.named_buffers():
+                buffer.copy_(buffers[name])
+            set_random(random, self.device)
+            if handle is not None:
+                put_scales(handle, scales)
+                handle.count(counting)
+
+    @contextmanager
+    def _plain(self, off: Collection[str]) -> Iterator[None]:
+        """Inside, the units `off` compute in fp32."""
+        with ExitStack() as stack:
+            if off and self.handle is not None:
+                blocks = {block for unit in off if unit in self.units.blocks
+                          for block in self.units.blocks[unit]}  # fmt: skip
+                everywhere = tuple(off) == ALL
+                handle = self.handle
+                stack.enter_context(handle.off() if everywhere else handle.off_in(blocks))
+            if hasattr(self.model, "_orig_mod"):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+
+    def _gradients(self) -> list[tuple[str, Tensor]]:
+        named = self.bare.named_parameters()
+        return [(name, local(p.grad)) for name, p in named if p.grad is not None]
+
+    def _places(self, names: list[str]) -> Tensor:
+        """The index of each parameter's unit; a copy to the device, so kept."""
+        if getattr(self, "_index", ([],))[0] != names:
+            places = [self.units.names.index(self.units.parameters[name]) for name in names]
+            self._index = names, torch.tensor(places, device=self.device)
+        return self._index[1]
+
+    def _compared(self, found: Pass) -> Pass:
+        """With what separates the gradient from the kept one, unit by unit."""
+        rows = torch.zeros(len(self.units.names), 3, dtype=torch.float64, device=self.device)
+        for (name, new), old in zip(self._gradients(), self.kept, strict=True):
+            a, b = new.double(), old.double()
+            three = torch.stack([(a - b).square().sum(), (a * b).sum(), b.square().sum()])
+            rows[self.units.names.index(self.units.parameters[name])] += three
+        zero = torch.zeros((), device=self.device)
+        sums = self.over_processes(zero, rows.flatten())[1:-1].view(-1, 3).tolist()
+        differences, cosines = {}, {}
+        for unit, (square, dot, old) in zip(self.units.names, sums, strict=True):
+            norm = found.units[unit] * math.sqrt(old) if old >= 0 else math.nan
+            differences[unit] = math.sqrt(square) if square >= 0 else math.nan
+            cosines[unit] = dot / norm if norm else 0.0
+        return Pass(found.loss, found.norm, found.units, differences, cosines)
+
+    def _outputs(self) -> dict[str, Tensor]:
+        """The output of every leaf module in a forward pass of the first call."""
+        outputs: dict[str, Tensor] = {}
+
+        def keeper(name: str) -> Callable[..., None]:
+            def hook(module: object, inputs: object, output: object) -> None:
+                if isinstance(output, Tensor) and name not in outputs:
+                    outputs[name] = output.detach().clone()
+
+            return hook
+
+        leaves = [(n, m) for n, m in self.bare.named_modules() if n and not list(m.children())]
+        hooks = [m.register_forward_hook(keeper(n)) for n, m in leaves]
+        try:
+            with self._plain(()), torch.no_grad():
+                self._again(self.now[0])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+    def _unit_of(self, modules: list[str]) -> str:
+        """The unit of the first module that any process names."""
+        found = [name for part in _gathered(modules) for name in part]
+        of = self.units.parameters
+        units = (unit for name, unit in of.items() if found and name.startswith(f"{found[0]}."))
+        return next(units, "")
+
+    def _model_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        seen: set[int] = set()
+        for name, tensor in self.bare.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups if self.optimizer else []
+
+    def _owners(self, group: Mapping[str, Any]) -> dict[int, str]:
+        """The parameters of a group that are the model's, as id → name."""
+        names = {id(p): name for name, p in self.bare.named_parameters()}
+        return {id(p): names[id(p)] for p in group["params"] if id(p) in names}
+
+    def _optimizer_states(self) -> Iterator[tuple[str, str, Any]]:
+        for i, group in enumerate(self._groups()):
+            for j, p in enumerate(group["params"]):
+                assert self.optimizer is not None
+                for key, value in self.optimizer.state.get(p, {}).items():
+                    yield f"{i}.{j}", key, value
+
+    def _restore_optimizer(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        assert self.optimizer is not None
+        scheduled = any(isinstance(o, LRScheduler) for o in self.also)
+        for i, (group, saved) in enumerate(zip(self._groups(), facts["groups"], strict=True)):
+            group.update({k: copy.deepcopy(v) for k, v in saved.items() if k != "lr" or scheduled})
+            for j, p in enumerate(group["params"]):
+                _restore_state(self.optimizer.state, p, f"optimizer/{i}.{j}/", tensors, facts)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # pyright: ignore[reportAssignmentType]
+        else:
+            return model
+
+
+def is_loader(o: object) -> bool:
+    """Whether an object gives batches, and not only state."""
+    return hasattr(o, "__iter__")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, sharing its memory; other tensors as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _restore_state(
+    states: Any, p: Tensor, path: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    saved = {k[len(path) :]: t for k, t in tensors.items() if k.startswith(path)}
+    saved |= {k[len(path) :]: v for k, v in facts["optimizer"].items() if k.startswith(path)}
+    if not saved:
+        states.pop(p, None)  # before its first update
+        return
+    for key, value in saved.items():
+        if isinstance(value, Tensor):
+            local(states[p][key]).copy_(value)
+        else:
+            states[p][key] = copy.deepcopy(value)
+
+
+def _plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What schedulers and users change in a group; not the guard's own storage formats."""
+    own = ("params", "names", "param_names", "weight", "update_rounding", "moment_m", "moment_v")
+    return {key: copy.deepcopy(value) for key, value in group.items() if key not in own}
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """A copy; from a GPU into pinned memory, in the order of its stream."""
+    if tensor.device.type != "cuda":
+        return tensor.detach().to("cpu", copy=True)
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copied.copy_(tensor.detach(), non_blocking=True)
+
+
+def _norms(gradients: list[Tensor]) -> Tensor:
+    """The norm of each gradient, fp64, from sums in fp32 or better."""
+    narrow = any(g.dtype in (torch.bfloat16, torch.float16) for g in gradients)
+    dtype = torch.float32 if narrow else None
+    each = torch._foreach_norm(gradients, 2, dtype)  # pyright: ignore
+    return torch.stack(list(each)).double()
+
+
+def _gathered(names: list[str]) -> Iterable[list[str]]:
+    """`names` of every process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [names]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, names)
+    return parts

@@ -1,0 +1,1 @@
+"""halfulp in other people's training loops."""
