@@ -202,8 +202,14 @@ class Run:
         self._begin_writing()
         assert self._events is not None
         rest = text.encode()
-        while rest:
-            rest = rest[os.write(self._events, rest) :]
+        try:
+            while rest:
+                rest = rest[os.write(self._events, rest) :]
+        except OSError as error:
+            raise RunError(
+                f"cannot write to {self.path / 'events.jsonl'}: {error.strerror}. Make room and "
+                f"continue with: halfulp train --resume {self.path}"
+            ) from error
         self._written += 1
 
     def _begin_writing(self) -> None:

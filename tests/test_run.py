@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 import subprocess
 import sys
 import threading
@@ -162,6 +163,50 @@ def test_truncate_moves_later_events_aside(run):
     dropped = (run.path / "events.dropped.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in dropped] == [4, 5]
     assert run.truncate(10) == 0
+
+
+def test_truncate_keeps_what_came_before_it_went_back(run):
+    """The steps of a run that was rolled back from 4 to 2, and resumed at its step 3."""
+    for step in (1, 2, 3, 4):
+        run.write("step", step=step)
+    run.write("guard", step=5, to=2)
+    run.write("step", step=3)
+    written = run.written
+    assert written == 6
+    for step in (4, 5):
+        run.write("step", step=step)
+    with Run.open(run.path, writer=False) as reader:
+        assert reader.written == 0
+    assert run.truncate(3, kept=written) == 2
+    assert [e["step"] for e in run.events()] == [1, 2, 3, 4, 5, 3]
+    assert run.written == 6
+    # Without knowing where it was, all of the first later step and what follows goes.
+    assert run.truncate(3) == 3
+    assert steps(run) == [1, 2, 3]
+
+
+def test_what_came_at_the_step_itself_stays(run):
+    run.write("checkpoint", step=2)
+    run.write("end", step=2)
+    run.write("start", step=2)
+    run.write("step", step=3)
+    assert run.truncate(2) == 1
+    assert [e["event"] for e in run.events()] == ["checkpoint", "end", "start"]
+
+
+def test_a_full_disk_is_an_answer(run):
+    run.write("start", step=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        with pytest.raises(RunError, match=r"cannot write to .*events\.jsonl.*--resume"):
+            run.write("step", step=1, text="x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run.close()
+    with Run.open(run.path) as again:
+        again.write("step", step=1)
+        assert [e["step"] for e in again.events()] == [0, 1]
 
 
 def test_summary_merges_and_checkpoints_are_the_complete_ones(run):

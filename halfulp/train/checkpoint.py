@@ -51,6 +51,8 @@ def save(folder: Path, content: Checkpoint, *, keep: int) -> Path:
     killed at any moment leaves the earlier checkpoints and no half-written one. RunError when the
     disk refuses; all checkpoints stay.
     """
+    from safetensors import SafetensorError
+
     target = path_of(folder, content.step)
     scratch = folder / f".writing-{target.name}"
     try:
@@ -63,10 +65,11 @@ def save(folder: Path, content: Checkpoint, *, keep: int) -> Path:
         os.rename(scratch, target)
         _sync(folder)
         _prune(folder, keep)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(scratch, ignore_errors=True)
+        why = getattr(error, "strerror", None) or error
         raise RunError(
-            f"cannot write the checkpoint {target}: {error.strerror or error}. Earlier checkpoints "
+            f"cannot write the checkpoint {target}: {why}. Earlier checkpoints "
             "are untouched; make room and continue with: halfulp train --resume "
             f"{folder.parent}"
         ) from error

@@ -1,4 +1,5 @@
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,31 @@ def test_nothing_is_deleted_before_the_next_is_complete(folder, monkeypatch):
     assert checkpoint.steps_in(folder) == [1]
     assert [p.name for p in folder.iterdir()] == ["step-00000001"]
     assert checkpoint.load(folder, 1).step == 1
+
+
+def test_a_disk_that_takes_no_more_is_an_answer(folder):
+    """For real: no file may grow beyond what one tensor needs."""
+    checkpoint.save(folder, content(1), keep=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(RunError, match=r"cannot write the checkpoint .*too large.*--resume"):
+            checkpoint.save(folder, content(2), keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in folder.iterdir()] == ["step-00000001"]
+
+
+def test_saving_an_earlier_step_sets_later_ones_aside(folder):
+    """The run has gone back: what lay after it is of another course, and not among the newest."""
+    for step in (4, 5, 6):
+        checkpoint.save(folder, content(step), keep=2)
+    checkpoint.save(folder, content(3), keep=2)
+    assert checkpoint.steps_in(folder) == [3]
+    assert sorted(p.name for p in (folder / "dropped").iterdir()) == [
+        "step-00000005",
+        "step-00000006",
+    ]
 
 
 def test_a_half_written_checkpoint_is_not_seen_and_is_cleaned_up(folder):
