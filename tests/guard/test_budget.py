@@ -12,7 +12,7 @@ def test_a_few_steps_may_be_withheld_of_any_run_and_no_more():
     over = spent.exceeded(Budget(), steps=50)
     assert over is not None
     assert (over.budget, str(over)) == ("wasted", "21 steps were withheld, and guard.wasted = 0.05")
-    assert spent.exceeded(Budget(wasted=over.enough), steps=50) is None
+    assert spent.exceeded(Budget(wasted=over.enough or 0.0), steps=50) is None
 
 
 def test_the_share_counts_in_long_runs():
