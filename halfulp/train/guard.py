@@ -391,7 +391,7 @@ class SessionGuard:
         return units.names, sums.index_add_(0, self._index[1], squares)
 
     def state(self) -> dict[str, Any]:
-        """Everything but the tensors of the snapshots, as plain values."""
+        """Everything but `tensors`, as plain values."""
         ring = [
             {"step": r.step, "facts": dict(r.facts), "good": r.good}
             for r in self.keeper.ring.snapshots
@@ -400,10 +400,20 @@ class SessionGuard:
         numeric = self.numeric.state_dict()
         pending = [vars(reading) for reading in self._pending]
         state = {"keeper": self.keeper.state(), "numeric": numeric, "ring": ring}
-        return state | {"logits": list(self._logits), "pending": pending}
+        looks, _ = self.looks.state()
+        return state | {"logits": list(self._logits), "pending": pending, "looks": looks}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """This process's parts of the snapshots by "step/name", and codes by "looks/GEMM"."""
+        for name, codes in self.looks.state()[1].items():
+            yield f"looks/{name}", codes
+        saved = self.session.config.guard.save_snapshots
+        for snapshot in self.keeper.ring.snapshots if saved else ():
+            for name, part in snapshot.tensors.items():
+                yield f"{snapshot.step}/{name}", part
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state` holds and the policy in force; snapshots follow by `load_ring`."""
+        """Put back what `state` holds and the policy in force; `load_tensors` follows."""
         self.keeper.load(state["keeper"])
         self.numeric.load_state_dict(state["numeric"])
         self._logits = list(state["logits"])
@@ -411,19 +421,11 @@ class SessionGuard:
         if self.ladder.is_raised:
             self.session.precision.put(self.ladder.policy())
 
-    def load_ring(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """The snapshots of `state`, whose tensors are this process's parts by "step/name"."""
+    def load_tensors(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """The snapshots of `state`, and codes, from what `tensors` gave."""
+        self.looks.load(state["looks"], _under("looks", tensors))
         self.keeper.ring.snapshots = [
-            Snapshot(
-                row["step"],
-                {
-                    name.partition("/")[2]: t
-                    for name, t in tensors.items()
-                    if name.startswith(f"{row['step']}/")
-                },
-                row["facts"],
-                row["good"],
-            )
+            Snapshot(row["step"], _under(str(row["step"]), tensors), row["facts"], row["good"])
             for row in state["ring"]
         ]
 
@@ -438,6 +440,12 @@ class SessionGuard:
     def _report(self, incident: Incident) -> None:
         ladder = self.ladder
         self.session.emit("guard", **incident.fields(), map=ladder.map(), above=ladder.above())
+
+
+def _under(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors called "folder/name", by name."""
+    paths = ((*path.partition("/"), tensor) for path, tensor in tensors.items())
+    return {name: tensor for first, _, name, tensor in paths if first == folder}
 
 
 def stopped(s: Session, incident: Incident) -> str:

@@ -1,7 +1,10 @@
 """The guard's looks inside the forward passes of a session, on the steps that count."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor
 
 from halfulp.blocks import BlockMap
 from halfulp.guard.flip_back import FlipBack
@@ -15,8 +18,7 @@ _CONSECUTIVE = 3  # steps that flip_back compares; the last one counts
 class Looks:
     """What was seen in the first micro-batch of the present step; `take` hands it out.
 
-    Codes of weights are noted in the last three steps up to one that counts. They are not part of a
-    checkpoint: a run that is resumed between them has no such reading at its first counting step.
+    Codes of weights are noted in the last three steps up to one that counts; `state` has them.
     """
 
     def __init__(self, session: Session, blocks: BlockMap) -> None:
@@ -39,6 +41,17 @@ class Looks:
             found = [] if ahead else stack.enter_context(probes(s.model, self.blocks))
             yield
         self._readings = found + (self.flips.readings() if not ahead else [])
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(facts, codes by GEMM): the same on every process, whose weights are whole in a pass."""
+        state = self.flips.state_dict()
+        return {"step": state["step"], "blocks": state["blocks"]}, state["codes"]
+
+    def load(self, facts: Mapping[str, Any], codes: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        device = self.session.world.device
+        here = {name: tensor.to(device) for name, tensor in codes.items()}
+        self.flips.load_state_dict({**facts, "codes": here})
 
     def take(self) -> list[Reading]:
         """The readings of the step that has just been made, the worst of all processes."""

@@ -48,7 +48,7 @@ def restore(s: Session, content: Checkpoint) -> None:
     s.precision.handle.load_state_dict(dict(content.tensors["quantizers"]))
     s.precision.scaler.load(content.state["loss_scale"])
     if s.guard is not None:
-        s.guard.load_ring(content.state["guard"], dict(_own_parts(s, content)))
+        s.guard.load_tensors(content.state["guard"], dict(_own_parts(s, content)))
     if s.blockwise is not None:
         s.blockwise.load(content.state["blockwise"])
     s.step, s.tokens = content.step, content.state["tokens"]
@@ -95,17 +95,16 @@ def _optimized(s: Session) -> Iterator[tuple[str, Tensor]]:
 
 
 def _snapshot_tensors(s: Session) -> Iterator[tuple[str, Tensor]]:
-    """The snapshots of the guard by "step/name", as sharded as the tensors they are copies of."""
-    if s.guard is None or not s.config.guard.save_snapshots:
+    """What the guard holds by "step/name", as sharded as the tensors that it has copied."""
+    if s.guard is None:
         return
     examples = _examples(s)
-    for snapshot in s.guard.keeper.ring.snapshots:
-        for name, part in snapshot.tensors.items():
-            yield f"{snapshot.step}/{name}", part_of(part, examples.get(name))
+    for path, part in s.guard.tensors():
+        yield path, part_of(part, examples.get(path.partition("/")[2]))
 
 
 def _own_parts(s: Session, content: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """The inverse of `_snapshot_tensors`: this process's part of every saved snapshot."""
+    """The inverse of `_snapshot_tensors`: this process's part of everything."""
     examples = _examples(s)
     for path, whole_one in content.tensors["snapshots"].items():
         example = examples.get(path.partition("/")[2])
