@@ -16,8 +16,10 @@ from halfulp.guard.keeper import MEMORY, NEAR
 from halfulp.guard.rules import RULE, readings_of
 from halfulp.train.counters import shares
 
-GROWN = 5.0  # sharpness over the median of its last measurements
+GROWN = 20.0  # sharpness over the median of its last measurements, each of which scatters
 _EARLIER, _FEWEST = 8, 4  # so many of them, and the fewest that a median is taken of
+_EVERY_STEP = ("loss", "gradient norm")
+_TWICE = 2  # steps or more that must be abnormal: one in a thousand healthy ones is by chance
 
 Event = Mapping[str, Any]
 
@@ -55,8 +57,9 @@ Key = tuple[str, str]  # signal, block
 def signs_before(events: Sequence[Event], step: int) -> list[Sign]:
     """The signs of the incident at `step` in the events before it, the earliest first.
 
-    A signal counts from its first abnormal look of the last 1,000 steps after which it was never
-    quiet for longer than 60 steps or two looks, up to the incident.
+    A signal counts from its first abnormal look of the last 1,000 steps after which, up to the
+    incident, it was never quiet for longer than 60 steps, or than one look at what is not looked at
+    in every step.
     """
     looks: dict[Key, list[Look]] = {}
     for key, look in _looks(events, step):
@@ -77,8 +80,7 @@ def _sign(key: Key, looks: Sequence[Look], incident: int) -> Sign | None:
     """The sign of one signal, from all looks at it; a warning of the guard is enough for one."""
     warned = any(look.warned for look in looks)
     looks = [look for look in looks if incident - MEMORY <= look.step <= incident]
-    gaps = [b.step - a.step for a, b in pairwise(looks)]
-    reach = max(NEAR, 2 * max(gaps, default=0))
+    reach = _reach(key[0], looks)
     abnormal = [look for look in looks if not look.value <= look.threshold]
     episode: list[Look] = []
     for look in reversed(abnormal):
@@ -86,8 +88,7 @@ def _sign(key: Key, looks: Sequence[Look], incident: int) -> Sign | None:
         if until - look.step > reach:
             break
         episode.append(look)
-    rule = RULE.get(key[0])
-    needed = rule.needs if rule is not None and rule.look == "check" and not warned else 1
+    needed = 1 if warned else _needed(key[0])
     if len(episode) < needed or episode[-1].step == incident:
         return None
     first, worst = episode[-1], max(episode, key=lambda look: _rank(look.value))
@@ -95,6 +96,24 @@ def _sign(key: Key, looks: Sequence[Look], incident: int) -> Sign | None:
         *key, worst.place, first.step, incident - first.step, first.value, worst.value,
         first.threshold,
     )  # fmt: skip
+
+
+def _reach(signal: str, looks: Sequence[Look]) -> float:
+    """Steps for which a signal may have been quiet in between."""
+    if signal in _EVERY_STEP:
+        return NEAR
+    if all(look.warned for look in looks):
+        return MEMORY  # the guard warns once, and again only after it has been quiet
+    steps = sorted({look.step for look in looks})
+    return 2 * statistics.median(b - a for a, b in pairwise(steps)) if len(steps) > 1 else NEAR
+
+
+def _needed(signal: str) -> int:
+    """Abnormal looks that make a sign."""
+    rule = RULE.get(signal)
+    if rule is None:
+        return _TWICE if signal in _EVERY_STEP else 1
+    return rule.needs if rule.look == "check" else 1
 
 
 def _looks(events: Sequence[Event], incident: int) -> Iterator[tuple[Key, Look]]:

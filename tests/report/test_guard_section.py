@@ -160,6 +160,8 @@ def test_a_healthy_course_and_an_old_disturbance_are_no_signs():
     losses[180] = 4.0  # 120 steps before the incident, and quiet since
     assert signs_before(steps_of(losses), 301) == []
     losses[270] = 4.0
+    assert signs_before(steps_of(losses), 301) == []  # a single step
+    losses[275] = 4.0
     assert [sign.step for sign in signs_before(steps_of(losses), 301)] == [271]
 
 
@@ -204,9 +206,9 @@ def test_sharpness_is_a_sign_where_it_jumps():
 
     events = [measured(25 * i, 1.0 + 0.2 * (i % 3)) for i in range(1, 11)]
     assert signs_before(events, 280) == []
-    (sign,) = signs_before([*events, measured(275, 9.0)], 280)
+    (sign,) = signs_before([*events, measured(275, 33.0)], 280)
     assert (sign.signal, sign.block, sign.step) == ("sharpness", "layers.0.vo", 275)
-    assert 6 < sign.worst < 9
+    assert 25 < sign.worst < 33
 
 
 def test_a_run_without_a_guard_is_judged_afterwards():
