@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-ANYWHERE = ("rounding", "optimizer", "training", "check", "sharpness")
-SCRIPTS = (*ANYWHERE, "gpu")
+ANYWHERE = (
+    "rounding", "optimizer", "training", "check", "sharpness", "guard", "guard_overhead",
+)  # fmt: skip
+SCRIPTS = (*ANYWHERE, "gpu", "guard_gpu")
 FOLDER = Path(__file__).parent
 _HEAD = (
     "# Speed\n\nWritten by `python -m benchmarks`; `python -m benchmarks NAME …` measures the "

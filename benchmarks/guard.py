@@ -1,21 +1,31 @@
-"""How soon the guard and other detectors see a fault, and how often they cry wolf.
+"""How soon the guard and other detectors see a fault, how often they cry wolf, what it saves.
 
-Works on recordings: what runs with a fault, and clean ones, reported step by step. Peers are in
-guard_detectors.py.
+    python benchmarks/guard.py [--quick] [-j N] [--work DIR]
+
+Works on recordings: what runs with a fault, and clean ones, reported step by step. The runs are
+made by guard_runs.py, and peers are in guard_detectors.py.
 """
 
+import argparse
 import math
 import statistics
+import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypedDict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import common
 from guard_detectors import Detector, peers
+from guard_runs import DRILLED, Result, Task, all_of, fault_step
 
 from halfulp.guard import detect
+from halfulp.train.drill import faults_of
 
 SEEDS = 3  # at least
+RECIPES = ("te_delayed", "te_current", "mxfp8", "nvfp4_all", "bf16_amp")
+GUARD, SERIES = "halfulp, the whole guard, live", "halfulp, loss, norm and weights"
 SETTLED = 150  # steps before it count for nothing: detectors fill their windows, losses fall
 WITHIN = 50  # steps; a later alarm is not about the fault
 CHANCE = 0.05  # share of clean stretches with an alarm, above which one proves little
@@ -29,6 +39,7 @@ class Step(TypedDict):
     loss: float
     grad_norm: float
     units: Mapping[str, float]  # gradient norm of each unit
+    weights: NotRequired[Mapping[str, float]]  # norm of each matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +74,27 @@ class OwnRules:
     rules: detect.Detector = field(default_factory=detect.Detector)
     name: str = field(default="halfulp, loss and norm", init=False)
 
-    def observe(self, step: int, loss: float, norm: float, units: Mapping[str, float]) -> bool:
-        if self.rules.judge(step, loss, norm) is not None:
+    def observe(
+        self,
+        step: int,
+        loss: float,
+        norm: float,
+        units: Mapping[str, float],
+        weights: Mapping[str, float] | None = None,
+    ) -> bool:
+        jump = self.rules.jump(step, weights or {})
+        if jump is not None or self.rules.judge(step, loss, norm) is not None:
             return True
-        self.rules.accept(loss, norm, units)
+        self.rules.accept(loss, norm, units, weights)
         return False
+
+    def alarms(self, steps: Iterable[Step]) -> list[int]:
+        """The steps at which it fires when it sees the norms of the weights too."""
+        return [
+            s["step"]
+            for s in steps
+            if self.observe(s["step"], s["loss"], s["grad_norm"], s["units"], s.get("weights"))
+        ]
 
 
 def everyone(steps: int) -> list[Detector]:
@@ -157,12 +184,13 @@ def exact_interval(count: int, trials: int, level: float = 0.95) -> tuple[float,
 
 
 def recovered(
-    losses: Mapping[str, Mapping[str, Sequence[float]]], unharmed: Sequence[float]
+    losses: Mapping[str, Mapping[str, Sequence[float | None]]], unharmed: Sequence[float]
 ) -> str:
     """Markdown: final loss above that of the run without the fault, by fault and strategy.
 
     `losses[fault][strategy]` and `unharmed` hold one final loss in nats for each seed; a strategy
-    that was not tried is –. The mean over seeds, with the least and the largest.
+    that was not tried is –. The mean over seeds, with the least and the largest. A run that was
+    stopped has a final loss of None.
     """
     rows = []
     for fault, by_strategy in losses.items():
@@ -222,8 +250,141 @@ def _at_most(count: int, trials: int, p: float) -> float:
     return math.fsum(map(math.exp, logs))
 
 
-def _gap(losses: Sequence[float], unharmed: Sequence[float]) -> str:
-    gaps = [loss - other for loss, other in zip(losses, unharmed, strict=True)]
+def _gap(losses: Sequence[float | None], unharmed: Sequence[float]) -> str:
+    pairs = list(zip(losses, unharmed, strict=True))
+    gaps = [loss - other for loss, other in pairs if loss is not None]
+    if stopped := len(pairs) - len(gaps):
+        return f"stopped in {stopped} of {len(pairs)}"
     if lost := sum(not math.isfinite(gap) for gap in gaps):
         return f"not finite in {lost} of {len(gaps)}"
     return f"{statistics.fmean(gaps):+.3f} ({min(gaps):+.3f}…{max(gaps):+.3f})"
+
+
+def clean_runs(recipe: str, answer: str, steps: int) -> list[Task]:
+    """A run without a fault for each seed."""
+    return [Task(recipe, seed, steps, answer) for seed in range(SEEDS)]
+
+
+def faulty_runs(fault: str, answer: str, steps: int) -> list[Task]:
+    """A run with the fault for each seed."""
+    at = fault_step(steps)
+    return [Task(DRILLED, seed, steps, answer, fault, at) for seed in range(SEEDS)]
+
+
+def recordings(unanswered: Iterable[Task], results: Mapping[str, Result]) -> list[Recording]:
+    """Of runs that nobody answers, with the alarms of the guard in those that it has answered."""
+    made = []
+    for task in unanswered:
+        steps = results[task.name]["steps"]
+        guarded = alarms_of(results[replace(task, answer="guard").name])
+        live = {GUARD: [one["step"] for one in guarded], SERIES: OwnRules().alarms(steps)}
+        made.append(Recording(steps=steps, fault_step=task.at or None, live=live))
+    return made
+
+
+def alarms_of(result: Result) -> list[dict]:
+    """The incidents of a guarded run but for tries to lower a precision again."""
+    return [one for one in result["incidents"] if one["trigger"] != "lock"]
+
+
+def gates(guarded: Iterable[Task], results: Mapping[str, Result]) -> list[str]:
+    """A row about the clean runs of one recipe: what the guard did, and whether bits are the same.
+
+    Goals: at most one skip in 1000 steps, no rollback.
+    """
+    runs = [(results[t.name], results[replace(t, answer="off").name]) for t in guarded]
+    steps = sum(t.steps for t in guarded)
+    acts = [one["action"] for run, _ in runs for one in alarms_of(run)]
+    skips, backs, raises = (acts.count(act) for act in ("skip", "roll back", "raise"))
+    low, high = (1000 * p for p in exact_interval(skips, steps))
+    quiet = [run["digest"] == off["digest"] for run, off in runs if not run["incidents"]]
+    verdict = "met" if 1000 * skips <= steps and not backs else "missed"
+    return [
+        f"{1000 * skips / steps:.1f} ({low:.1f}–{high:.1f})",
+        *map(str, (backs, raises, len(acts) - skips - backs - raises)),
+        verdict,
+        f"{sum(quiet)} of {len(quiet)}" if quiet else "none was quiet",
+    ]
+
+
+def evidence(tasks: Iterable[Task], results: Mapping[str, Result]) -> str:
+    """A line for each alarm of the guard in the clean runs `tasks`."""
+    lines = [_incident(task, one) for task in tasks for one in alarms_of(results[task.name])]
+    return "\n".join(lines) or "The guard raised no alarm in any clean run."
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description="The guard and its peers on clean runs and faults.")
+    cli.add_argument("--quick", action="store_true", help="two recipes, and runs of 300 steps")
+    cli.add_argument("-j", type=int, default=2, help="runs at a time, one thread each")
+    cli.add_argument("--work", type=Path, help="finished runs are kept here, and not made again")
+    args = cli.parse_args()
+    work = args.work or Path(tempfile.mkdtemp(prefix="halfulp-guard-"))
+    print(f"to go on after a crash: --work {work}", file=sys.stderr)
+    recipes = (RECIPES[0], RECIPES[-1]) if args.quick else RECIPES
+    clean, drilled = (300, 300) if args.quick else (1000, 420)
+    faults = list(faults_of(Task(DRILLED, 0, drilled, "guard").config(work)))
+    tasks = [t for r in recipes for a in ("guard", "off") for t in clean_runs(r, a, clean)]
+    tasks += [t for r in (RECIPES[0], RECIPES[-1]) for t in clean_runs(r, "nothing", clean)]
+    tasks += [t for f in faults for a in STRATEGIES for t in faulty_runs(f, a, drilled)]
+    results = all_of(tasks, work, args.j)
+    print(f"## Guard\n\n{common.machine()}. {_ABOUT.format(drilled=drilled, clean=clean)}")
+    _show_detection(faults, clean, drilled, results)
+    _show_gates([clean_runs(r, "guard", clean) for r in recipes], results)
+    _show_losses(faults, drilled, results)
+
+
+def _show_detection(
+    faults: Iterable[str], clean: int, drilled: int, results: Mapping[str, Result]
+) -> None:
+    def quiet(recipe: str) -> list[Recording]:
+        return recordings(clean_runs(recipe, "nothing", clean), results)
+
+    hit = {f: recordings(faulty_runs(f, "nothing", drilled), results) for f in faults}
+    text = table(hit, quiet(DRILLED), everyone)
+    common.section(f"Detection, {DRILLED}", f"{legend()}\n\n{text}")
+    other = RECIPES[-1]
+    common.section(f"False alarms, {other}", table({}, quiet(other), everyone))
+
+
+def _show_gates(guarded: Sequence[Sequence[Task]], results: Mapping[str, Result]) -> None:
+    head = ["clean runs", "skips in 1000 steps (95 %)", "rollbacks", "raises", "other"]
+    head += ["≤ 1 skip in 1000, no rollback", "quiet runs with the bits of guard.on = false"]
+    rows = [[tasks[0].recipe, *gates(tasks, results)] for tasks in guarded]
+    lines = evidence([t for tasks in guarded for t in tasks], results)
+    common.section("The whole guard on clean runs", f"{common.table(head, rows)}\n\n{lines}")
+
+
+def _show_losses(faults: Iterable[str], drilled: int, results: Mapping[str, Result]) -> None:
+    bases = [task.base for task in faulty_runs("", "guard", drilled)]
+    losses = {
+        fault: {a: [results[t.name]["loss"] for t in faulty_runs(fault, a, drilled)]
+                for a in STRATEGIES}
+        for fault in faults
+    }  # fmt: skip
+    text = recovered(losses, [results[task.name]["loss"] for task in bases])
+    found = sum(len(results[task.name]["incidents"]) for task in bases)
+    note = f"The runs without a fault had {found} incidents."
+    common.section("Recovered loss", f"{_LOSSES}\n\n{text}\n\n{note}")
+
+
+_ABOUT = (
+    "The runs are those of `halfulp guard drill`: llama-tiny on the bytes of this Python's own "
+    f"library, 512 tokens a step, {SEEDS} seeds. Faults happen at 60 % of {{drilled}} steps in "
+    f"{DRILLED}; clean runs have {{clean}} steps. Everything of the guard is at its defaults, "
+    "counters every 50 steps."
+)
+_LOSSES = (
+    "`skip`: updates that OLMo's rule calls outliers are withheld, and their batches gone. A loss "
+    "that is not finite without a guard ends a run of halfulp; other loops go on without a number."
+)
+
+
+def _incident(task: Task, one: Mapping) -> str:
+    signals = ", ".join(f"{name} {value:.3g}" for name, value in one["signals"].items())
+    told = f"{one['trigger']} ({signals}): {one['verdict']}, {'; '.join(one['done'])}"
+    return f"* {task.recipe}, seed {task.seed}, step {one['step']}: {told}"
+
+
+if __name__ == "__main__":
+    main()

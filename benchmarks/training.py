@@ -240,14 +240,16 @@ def counters(model: nn.Module, threads: int, seconds: float) -> list[list[str]]:
 
 
 @contextmanager
-def run_in(folder: str, policy: dict[str, str] | None = None) -> Iterator[Session]:
+def run_in(
+    folder: str, policy: dict[str, str] | None = None, *, guard: bool = False
+) -> Iterator[Session]:
     """A run of the model and step of this benchmark, about to begin."""
     config = load_config(
         {
             "data": {"length": LENGTH, "max_tokens": 200_000},
             "train": {"rows": ROWS, "device": "cpu"},
             "policy": policy or {},
-            "guard": {"on": False},
+            "guard": {"on": guard},
             "run": {"out": f"{folder}/run"},
         }
     )

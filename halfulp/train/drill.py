@@ -158,6 +158,13 @@ def drill(
     return DrillReport(out, config.train.steps, loss, len(_incidents(clean, 0)), rows, left_out)
 
 
+def faults_of(config: TrainConfig) -> dict[str, Callable[[int], Fault]]:
+    """Every fault that `config` can be drilled with by its name, from its (1-based) step."""
+    blocks, vocab = _blocks_of(config)
+    cases, _ = _choose(_cases(blocks, vocab, CHECK), None, config, blocks)
+    return {case.name: case.fault for case in cases}
+
+
 @dataclass
 class _Bench:
     """The runs of one drill."""
