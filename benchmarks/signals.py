@@ -1,18 +1,22 @@
 """How near healthy runs come to each threshold of the guard's numeric rules, as a Markdown table.
 
     python benchmarks/signals.py [--steps 300] [--seeds 3] [--lr 0.003] [--every 25] [RECIPE …]
+    python benchmarks/signals.py --cost [RECIPE …]
     python benchmarks/signals.py --stuck [--steps 300] [--seeds 3] [--every 25]
 
 Trains llama-tiny and gpt2-tiny (64 channels, 2 layers) with 256 bytes of the standard library's
 source per step. For each rule: the largest threshold at which it would still have fired, window and
 all, with a check every `--every` steps. Bold: above the threshold in force. `--stuck` holds one
 delayed scale of each te_delayed run at 3 times what it should be, from the middle of the run on.
+`--cost` times llama-3m with 1024 tokens per step, in seconds of the processor, one thread.
 """
 
 import argparse
 import math
 import random
+import statistics
 import sysconfig
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -37,6 +41,7 @@ RECIPES = ("te_current", "te_delayed", "mxfp8", "nvfp4_all", "bf16_amp", "bf16_w
 LOSSY = ("bf16_weights", "fp8_unscaled", "mx_ocp", "coat", "intel_fp8_2t")
 MODELS = ("llama-tiny", "gpt2-tiny")
 ROWS, LENGTH = 8, 32
+CHECK = 50  # train.count_every
 Series = dict[tuple[str, str, bool], list[float]]  # rule, block, backward → one value per look
 
 
@@ -49,8 +54,13 @@ def main() -> None:
     made.add_argument("--every", type=int, default=25)
     made.add_argument("--lr", type=float, default=3e-3)
     made.add_argument("--stuck", action="store_true", help="a fault instead of clean runs")
+    made.add_argument("--cost", action="store_true", help="what looking costs")
     args = made.parse_args()
     torch.set_num_threads(1)
+    if args.cost:
+        for recipe in args.recipes:
+            _cost(recipe)
+        return
     if args.stuck:
         for seed in range(args.seeds):
             for model in MODELS:
@@ -71,6 +81,29 @@ def main() -> None:
         cells = [_cell(rule, value) for rule, value in zip(rules, peaks, strict=True)]
         loss = sum(loss for loss, _ in runs) / len(runs)
         print(f"| {recipe} | {loss:.3f} | " + " | ".join(cells) + " |", flush=True)
+
+
+def _cost(recipe: str, repeats: int = 12) -> None:
+    """Print the share of a step that each look costs, in the step where it is made."""
+    model = build_model(ModelConfig(preset="llama-3m"), vocab=257, length=256, seed=0).model
+    blocks, flips, numeric = block_map(model), FlipBack(), Numeric()
+    handle = halfulp.quantize(model, _plain_sums(recipe), allow_partial=True)
+    optimizer = AdamW(param_groups(model, handle.resolution, 0.1), lr=1e-3)
+    batch, kinds = torch.randint(257, (4, 257)), ("plain", "stale", "codes", "check")
+    times, step = {kind: [] for kind in kinds}, 0
+    for _ in range(repeats):
+        for kind in random.sample(kinds, len(kinds)):
+            start = time.process_time()
+            left = {"check": 0, "codes": 1}.get(kind, 9)
+            _, readings = _step(model, blocks, optimizer, flips, batch, step, left, kind != "plain")
+            numeric.observe(step, readings)
+            times[kind].append(time.process_time() - start)
+            step += 1
+    base = statistics.median(times["plain"])
+    more = {kind: statistics.median(values) / base - 1 for kind, values in times.items()}
+    total = (more["check"] + 2 * more["codes"]) / CHECK + more["stale"] * bool(handle.stale())
+    shown = ", ".join(f"{kind} {more[kind]:+.1%}" for kind in kinds[1:])
+    print(f"{recipe}: {shown}; with a check every {CHECK} steps {total:.1%}", flush=True)
 
 
 def _stuck(model: str, steps: int, every: int, lr: float, seed: int) -> None:
@@ -124,7 +157,7 @@ def run(
 
 def _step(
     model: torch.nn.Module, blocks: BlockMap, optimizer: AdamW, flips: FlipBack,
-    batch: torch.Tensor, step: int, left: int,
+    batch: torch.Tensor, step: int, left: int, stale: bool = True,
 ) -> tuple[float, list[Reading]]:  # fmt: skip
     handle, check = model.__dict__["halfulp"], left == 0
     handle.set_step(step)
@@ -140,7 +173,7 @@ def _step(
     optimizer.step()
     optimizer.zero_grad()
     handle.end_step()
-    readings = readings_of(handle.stale())
+    readings = readings_of(handle.stale()) if stale else []
     if check:
         counted = readings_of(handle.counters(), optimizer.counters())
         readings += [*seen, *flips.readings(), *(r for r in counted if r.rule != "stale")]
