@@ -202,6 +202,7 @@ class Ladder:
             rung
             for rung in self.rungs
             if quality(rung, roles) >= own
+            and quality(rung, ("linear",)) >= quality(weakest, ("linear",))
             and (storage_quality(rung) > stored if storage else quality(rung, roles) > own)
         ]
         # A scale that is too old or absent is cured by a current one of the same granularity.
@@ -220,13 +221,18 @@ class Ladder:
 
 
 def quality(recipe: Recipe, roles: Sequence[str]) -> tuple[int, int]:
-    """(bits, scale) of the weakest operand of some GEMMs; of the storage where there is no GEMM."""
+    """(bits, scale) of the weakest operand of some GEMMs.
+
+    Without a GEMM, as for norms and embeddings, of the weakest of what is stored and read.
+    """
     found = [getattr(recipe.gemms[role], operand) for role in roles for operand in OPERANDS]
-    return min(map(_quality, found), default=storage_quality(recipe))
+    if not found:
+        return min(storage_quality(recipe), _quality(recipe.norm), _quality(recipe.embed))
+    return min(map(_quality, found))
 
 
 def storage_quality(recipe: Recipe) -> tuple[int, int]:
-    """(bits, scale) of the weakest of updated weights and moments; truth rounds stochastically."""
+    """(bits, scale) of the weakest of updated weights and moments."""
     stored = recipe.weight if recipe.master is None else recipe.master
     return min(map(_quality, (stored, recipe.moment_m, recipe.moment_v)))
 
