@@ -358,7 +358,8 @@ def test_a_step_of_delayed_scaling_waits_once():
             losses[device].append(loss.item())
         histories = [h for site in handle.sites.values() for h in site.histories.values()]
         seen = [h for h in histories if h.amaxes[0] > 0]
-        assert {h.scale.device.type for h in seen} == {device}
+        assert {h.scale_on(loss.device).device.type for h in seen} == {device}
+        assert all(h.copy is not None for h in seen) == (device == "cuda")
         assert {h.amaxes.device.type for h in histories} == {"cpu"}
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
     assert losses["cpu"][0] != losses["cpu"][2]  # the scales have moved
