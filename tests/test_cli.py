@@ -63,7 +63,7 @@ def test_help_does_not_import_torch():
         (("train", "absent.toml"), "cannot read the configuration absent.toml"),
         (("train", "--resume", "absent"), "absent is asked for as a run"),
         (("train", "--from-step", "3"), "--from-step belongs to --resume"),
-        (("train", "--resume", "a", "--lr", "1"), "no other option but --from-step"),
+        (("train", "--resume", "a", "--lr", "1"), "no other option can be given but --from-step"),
         (("train", "--set", "lr=3"), "Write section.key=value"),
         (("train", "--set", "train.stesp=3"), "Did you mean 'steps'"),
         (("train", "--recipe", "te_curent"), "te_current"),
