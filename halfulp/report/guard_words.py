@@ -177,11 +177,11 @@ def _first(group: Sequence[Sequence[Sign]]) -> First:
 
 def value(signal: str, x: float) -> str:
     """The value of a signal with its unit."""
-    unit = RULE[signal].unit if signal in RULE else "ratio" if "sharpness" in signal else "z"
+    unit = RULE[signal].unit if signal in RULE else "ratio" if signal == "sharpness" else "z"
     if unit == "share":
         return words.share(x)
     text = number(x)
-    return {"ratio": f"{text}×", "nats": f"{text} nats", "z": f"z {text}"}.get(unit, text)
+    return {"ratio": f"{text}×", "nats": f"{text} nats"}.get(unit, f"z {text}")
 
 
 def name(signal: str) -> str:

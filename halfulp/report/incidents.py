@@ -82,7 +82,8 @@ def explain(path: str | Path) -> Explained:
     run = Run.open(path, writer=False)
     events, config, summary = list(run.events()), run.config(), run.summary()
     guarded = was_guarded(config, events)
-    stories = stories_of(events) if guarded else afterwards(events)
+    vocab = vocab_of(summary)
+    stories = stories_of(events, vocab) if guarded else afterwards(events, vocab)
     steps = [event for event in events if event.get("event") == "step"]
     tokens = [(e["tokens"], e["step"]) for e in steps if e.get("tokens") and e.get("step")]
     return Explained(
@@ -103,12 +104,18 @@ def was_guarded(config: Mapping[str, Any], events: Iterable[Event]) -> bool:
     return on or any(event.get("event") == "guard" for event in events)
 
 
-def stories_of(events: Sequence[Event]) -> list[Story]:
+def vocab_of(summary: Mapping[str, Any]) -> int:
+    """The number of token ids of a run; 0 where it has not said yet."""
+    data = summary.get("data")
+    return int(data.get("vocab") or 0) if isinstance(data, Mapping) else 0
+
+
+def stories_of(events: Sequence[Event], vocab: int = 0) -> list[Story]:
     """The incidents that the guard has recorded, each with the signs in the course before it."""
     incidents = [event for event in events if event.get("event") == "guard"]
     before = courses(events)
     return [
-        Story(incident, tuple(signs_before(course.events, int(incident["step"]))))
+        Story(incident, tuple(signs_before(course.events, int(incident["step"]), vocab=vocab)))
         for incident, course in zip(incidents, before, strict=False)
     ]
 
@@ -128,7 +135,7 @@ def shadows_of(events: Iterable[Event]) -> float:
     return 2.0 * sum(event.get("event") == "gradient_error" for event in events)
 
 
-def afterwards(events: Sequence[Event]) -> list[Story]:
+def afterwards(events: Sequence[Event], vocab: int = 0) -> list[Story]:
     """The incidents of a run without a guard, as the detector finds them in its steps.
 
     Triggers no farther apart than 60 steps are one incident: the first, of the highest level seen.
@@ -141,7 +148,7 @@ def afterwards(events: Sequence[Event]) -> list[Story]:
             found[-1].append(trigger)
         else:
             found.append([trigger])
-    return [_found(group, events) for group in found]
+    return [_found(group, events, vocab) for group in found]
 
 
 def _triggers(steps: Sequence[Event], phases: set[int], events: Sequence[Event]) -> list[Trigger]:
@@ -163,7 +170,7 @@ def _triggers(steps: Sequence[Event], phases: set[int], events: Sequence[Event])
     return sorted(found, key=lambda trigger: trigger.step)
 
 
-def _found(triggers: Sequence[Trigger], events: Sequence[Event]) -> Story:
+def _found(triggers: Sequence[Trigger], events: Sequence[Event], vocab: int) -> Story:
     first, worst = triggers[0], max(triggers, key=lambda t: (t.kind == "nonfinite", t.level))
     broken = [e for e in events if e.get("event") == "nonfinite" and e["step"] == worst.step]
     units = [str(broken[-1]["block"])] if broken and broken[-1].get("block") else []
@@ -179,4 +186,4 @@ def _found(triggers: Sequence[Trigger], events: Sequence[Event]) -> Story:
         "done": [],
         "cost": {},
     }
-    return Story(incident, tuple(signs_before(events, first.step)), recorded=False)
+    return Story(incident, tuple(signs_before(events, first.step, vocab=vocab)), recorded=False)

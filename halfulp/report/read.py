@@ -11,7 +11,15 @@ import numpy as np
 from halfulp.errors import RunError
 from halfulp.guard.keeper import STOP
 from halfulp.report.course import Course, Event, course_of
-from halfulp.report.incidents import Cost, Story, cost_of, shadows_of, stories_of, was_guarded
+from halfulp.report.incidents import (
+    Cost,
+    Story,
+    cost_of,
+    shadows_of,
+    stories_of,
+    vocab_of,
+    was_guarded,
+)
 from halfulp.run import Run
 
 
@@ -192,7 +200,7 @@ def _read(path: Path) -> Record:
         formats=_formats(tallies.values()),
         sharpness=_latest(events.get("sharpness", ())),
         lr_ratios=tuple(events.get("lr_ratios", ())),
-        stories=tuple(stories_of(every)),
+        stories=tuple(stories_of(every, vocab_of(summary))),
         guarded=was_guarded(config, every),
         shadows=shadows_of(every),
         withdrawn=tuple(_curve(_only_steps(taken), "loss_nats") for taken in course.withdrawn),

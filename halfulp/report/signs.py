@@ -18,8 +18,10 @@ from halfulp.train.counters import shares
 
 GROWN = 20.0  # sharpness over the median of its last measurements, each of which scatters
 _EARLIER, _FEWEST = 8, 4  # so many of them, and the fewest that a median is taken of
+# The same history as that of the guard: SessionGuard.see_logits.
+_KNOWN, _REMEMBERED, _LEAST_SPREAD = 8, 32, 0.05
 _EVERY_STEP = ("loss", "gradient norm")
-_TWICE = 2  # steps or more that must be abnormal: one in a thousand healthy ones is by chance
+_TWICE = 2  # looks or more, where no rule says how many: a single one may be chance
 
 Event = Mapping[str, Any]
 
@@ -54,15 +56,17 @@ class Look(NamedTuple):
 Key = tuple[str, str]  # signal, block
 
 
-def signs_before(events: Sequence[Event], step: int) -> list[Sign]:
+def signs_before(events: Sequence[Event], step: int, *, vocab: int = 0) -> list[Sign]:
     """The signs of the incident at `step` in the events before it, the earliest first.
+
+    `vocab` is the number of token ids, 0 where it is not known: then log Z has no threshold.
 
     A signal counts from its first abnormal look of the last 1,000 steps after which, up to the
     incident, it was never quiet for longer than 60 steps, or than one look at what is not looked at
     in every step.
     """
     looks: dict[Key, list[Look]] = {}
-    for key, look in _looks(events, step):
+    for key, look in _looks(events, step, vocab):
         looks.setdefault(key, []).append(look)
     found = (_sign(key, mine, step) for key, mine in looks.items())
     return sorted((s for s in found if s is not None), key=lambda s: (s.step, -_over(s)))
@@ -112,11 +116,11 @@ def _needed(signal: str) -> int:
     """Abnormal looks that make a sign."""
     rule = RULE.get(signal)
     if rule is None:
-        return _TWICE if signal in _EVERY_STEP else 1
-    return rule.needs if rule.look == "check" else 1
+        return _TWICE
+    return rule.needs if rule.look in ("check", "measurement") else 1
 
 
-def _looks(events: Sequence[Event], incident: int) -> Iterator[tuple[Key, Look]]:
+def _looks(events: Sequence[Event], incident: int, vocab: int) -> Iterator[tuple[Key, Look]]:
     latest = _last_of_each_step(events)
     yield from _of_steps(latest["step"], incident)
     for event in latest["counters"]:
@@ -135,6 +139,7 @@ def _looks(events: Sequence[Event], incident: int) -> Iterator[tuple[Key, Look]]
         for unit, error in event["units"].items():
             yield ("gradient_noise", unit), Look(int(event["step"]), error, noise)
     yield from _of_sharpness(latest["sharpness"])
+    yield from _of_logits(latest["sharpness"], vocab)
 
 
 def _last_of_each_step(events: Iterable[Event]) -> dict[str, list[Event]]:
@@ -177,20 +182,36 @@ def _of_counters(event: Event) -> Iterator[tuple[Key, Look]]:
 
 
 def _of_sharpness(events: Sequence[Event]) -> Iterator[tuple[Key, Look]]:
-    """Each measurement over the median of those before it."""
+    """Each measurement of a block over the median of those before it."""
     earlier: dict[Key, list[float]] = {}
     for event in events:
-        values = {("sharpness", r["block"]): r["sharpness"] for r in event.get("blocks") or ()}
-        logits = event.get("logits") or {}
-        if "sharpness" in logits:
-            values["logit sharpness", ""] = logits["sharpness"]
-        for key, value in values.items():
+        for row in event.get("blocks") or ():
+            key, value = ("sharpness", str(row["block"])), float(row["sharpness"])
             before = earlier.setdefault(key, [])
             middle = statistics.median(before[-_EARLIER:]) if len(before) >= _FEWEST else 0.0
             if middle > 0:
                 yield key, Look(int(event["step"]), value / middle, GROWN)
             if math.isfinite(value):
                 before.append(value)
+
+
+def _of_logits(events: Sequence[Event], vocab: int) -> Iterator[tuple[Key, Look]]:
+    """log Z above that of equal chances, and the sharpness of the logits against its history."""
+    history: list[float] = []
+    for event in events:
+        step, logits = int(event["step"]), event.get("logits") or {}
+        if vocab and "logz" in logits:
+            drift = abs(logits["logz"]) - math.log(vocab)
+            yield ("logz", "head"), Look(step, drift, RULE["logz"].warn or 0.0)
+        sharpness = float(logits.get("sharpness_centered", 0.0))
+        if not sharpness > 0:
+            continue
+        if len(history) >= _KNOWN:
+            middle = statistics.median(history)
+            spread = 1.4826 * statistics.median(abs(value - middle) for value in history)
+            z = (math.log(sharpness) - middle) / max(spread, _LEAST_SPREAD)
+            yield ("logits_sharpness", "head"), Look(step, z, RULE["logits_sharpness"].warn or 0.0)
+        history = [*history, math.log(sharpness)][-_REMEMBERED:]
 
 
 def _over(sign: Sign) -> float:

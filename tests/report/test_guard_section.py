@@ -206,9 +206,26 @@ def test_sharpness_is_a_sign_where_it_jumps():
 
     events = [measured(25 * i, 1.0 + 0.2 * (i % 3)) for i in range(1, 11)]
     assert signs_before(events, 280) == []
-    (sign,) = signs_before([*events, measured(275, 33.0)], 280)
+    jumped = [*events, measured(275, 33.0), measured(300, 31.0)]
+    assert signs_before(jumped[:-1], 280) == []  # one look may be chance
+    (sign,) = signs_before(jumped, 310)
     assert (sign.signal, sign.block, sign.step) == ("sharpness", "layers.0.vo", 275)
     assert 25 < sign.worst < 33
+
+
+def test_logits_that_drift_are_a_sign():
+    def measured(step: int, logz: float, sharpness: float) -> dict:
+        logits = {"logz": logz, "sharpness_centered": sharpness}
+        return {"event": "sharpness", "step": step, "blocks": [], "logits": logits}
+
+    drifting = [measured(25 * i, 2.0 * i, 1.0) for i in range(1, 7)]
+    (sign,) = signs_before(drifting, 160, vocab=100)
+    assert (sign.signal, sign.block, sign.step) == ("logz", "head", 125)
+    assert math.isclose(sign.first, 10 - math.log(100))
+    assert signs_before(drifting, 160) == []
+    sharper = [measured(25 * i, 0.0, 1.0 + 0.05 * (i % 2) + (i > 12)) for i in range(1, 16)]
+    (sign,) = signs_before(sharper, 380)
+    assert (sign.signal, sign.step) == ("logits_sharpness", 325)
 
 
 def test_a_run_without_a_guard_is_judged_afterwards():
