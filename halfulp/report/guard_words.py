@@ -13,6 +13,7 @@ from halfulp.report import words
 from halfulp.report.incidents import Cost, Explained, Story
 from halfulp.report.signs import Sign
 
+FALLBACK = "fallback"
 # What an action is called, once and several times.
 _NOUNS = {
     RAISE: ("precision raised", "precisions raised"),
@@ -21,6 +22,7 @@ _NOUNS = {
     BACK: ("rollback", "rollbacks"),
     LOWER: ("look at a lower precision", "looks at a lower precision"),
     STOP: ("stop", "stops"),
+    FALLBACK: ("fallback of the whole model", "fallbacks of the whole model"),
 }
 _TIMES = {1: "once", 2: "twice"}
 GLOSSARY = (
@@ -86,7 +88,7 @@ def booked(cost: Cost) -> str:
 
 def acted(stories: Sequence[Story]) -> str:
     """ "acted three times: two rollbacks and one batch skipped"."""
-    counts = Counter(story.incident["action"] for story in stories)
+    counts = Counter(_kind(story.incident) for story in stories)
     named = [
         f"{words.count(counts[action])} {nouns[counts[action] > 1]}"
         for action, nouns in _NOUNS.items()
@@ -94,6 +96,11 @@ def acted(stories: Sequence[Story]) -> str:
     ]
     times = _TIMES.get(len(stories), f"{words.count(len(stories))} times")
     return f"acted {times}: {words.listing(named)}"
+
+
+def _kind(incident: Mapping[str, Any]) -> str:
+    """What is counted: the action, or that the whole model has fallen back."""
+    return FALLBACK if ALL[0] in (incident.get("raised") or {}) else incident["action"]
 
 
 def raised_at_the_end(stories: Sequence[Story]) -> dict[str, str]:
