@@ -182,7 +182,7 @@ def main() -> None:
         per_threads(__file__, args)
         return
     use_threads(args.threads)
-    costs = {r: measured(r, args.threads, 1.0 if args.quick else 5.0) for r in RECIPES}
+    costs = {r: measured(r, args.threads, 0.5 if args.quick else 2.0) for r in RECIPES}
     names = [name for name in costs[RECIPES[0]] if name != "ms"]
     rows = [[name, *(f"{cost[name]:.2f}" for cost in costs.values())] for name in names]
     for label, left_out in ((SUM, ()), (f"{SUM}, without counters", (COUNTERS,))):
