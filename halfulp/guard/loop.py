@@ -42,7 +42,7 @@ class _Made:
     calls: list[Call]
     seen: Pass | None  # None: still on its way from the device
     values: Tensor | None = None
-    event: Any = None
+    event: torch.cuda.Event | None = None
     stepped: bool = False  # the optimizer has
 
 
@@ -310,11 +310,8 @@ class Guard:
         bars = self._bars()
         held = ~(torch.isfinite(loss) & torch.isfinite(total))
         held = held | (loss > bars[0]) | (total > bars[1])
-        self.optimizer.found_inf = held.float().reshape(1)  # pyright: ignore
-        sent = torch.empty(len(values) + 1, dtype=torch.float64, pin_memory=True)
-        sent.copy_(torch.cat([values, held.double().reshape(1)]), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        self.optimizer.found_inf = held.float()  # pyright: ignore[reportOptionalMemberAccess]
+        sent, event = _sent(torch.cat([values, held.double().reshape(1)]))
         self._allow(_Made(calls, None, sent, event))
         return True
 
@@ -335,7 +332,8 @@ class Guard:
         trigger, held = None, False
         if seen is None:
             assert made.values is not None
-            made.event.synchronize()
+            if made.event is not None:
+                made.event.synchronize()
             *numbers, held = made.values.tolist()
             seen = host.as_pass(numbers)
             trigger = keeper.judge(host.done + 1, seen)
@@ -581,6 +579,17 @@ def _check(budget: Budget, steps: int, every: int, kept: int) -> None:
                 f"budget.{name} = {value:g} is no share that the guard could use. Give a number "
                 "above 0 and at most 1; without a guard, do not make one."
             )
+
+
+def _sent(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the CPU, and the event after which it is complete."""
+    if values.device.type != "cuda":
+        return values.clone(), None
+    copied = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copied.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return copied, event
 
 
 def _parts(model: nn.Module) -> list[Tensor]:
