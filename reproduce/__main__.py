@@ -7,6 +7,7 @@ from types import ModuleType
 from reproduce import (
     bit_reduction,
     blockwise_lr,
+    guarded_run,
     roundoff,
     roundoff_models,
     sharpness,
@@ -17,7 +18,7 @@ from reproduce.results import Section, render
 from reproduce.runs import open_runs
 
 SCRIPTS = (stochastic_rounding, bit_reduction)  # a part of each trains in the pool
-MEASURED = (roundoff, roundoff_models, sharpness, blockwise_lr)
+MEASURED = (roundoff, roundoff_models, sharpness, blockwise_lr, guarded_run)
 PAGE = Path(__file__).with_name("RESULTS.md")
 
 
