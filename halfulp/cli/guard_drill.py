@@ -48,7 +48,8 @@ def drill(
     """Inject faults into a run, see the guard act.
 
     A small model is trained once without a fault, and goes on from there with each fault in turn:
-    bad data, corrupted state, a stale scale, a wrong learning rate, broken hardware. Exit code 1 if the guard misses a requirement.
+    bad data, corrupted state, a stale scale, a wrong learning rate, broken hardware. Exit code 1
+    if the guard misses a requirement.
     """
     from halfulp.cli.progress import Progress
     from halfulp.cli.train import _overrides

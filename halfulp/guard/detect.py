@@ -202,14 +202,14 @@ class Detector:
             return None
         short = _mean(self.short, loss, _SHORT)
         active = len(self.loss.values) >= ACTIVE  # not where a phase has just begun
-        noise = 4 * self.loss.scale()[1] if active else 0.0
+        spread = self.loss.scale()[1] if active else 0.0
         # The best of noisy means lies below what is usual, by more the smaller the batch.
-        if short > self.best_short + max(_DIVERGED_NATS, noise):
+        if short > self.best_short + max(_DIVERGED_NATS, 3 * spread):
             evidence = {"mean loss": short, "best": self.best_short}
             return Trigger("divergence", step, step - self.above - _SHORT, 3, evidence)
         if not active:
             return None
-        bar = self.best_long + max(noise, 0.02 * abs(self.best_long))
+        bar = self.best_long + max(4 * spread, 0.02 * abs(self.best_long))
         self.above = self.above + 1 if short > bar else 0
         if self.above < _SUSTAINED:
             return None

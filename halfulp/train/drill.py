@@ -115,7 +115,7 @@ def config_of_drill(
         "data": {"tokenizer": "bytes", "length": 64, "max_tokens": 2_000_000},
         "train": {
             "steps": 260 if quick else 420,
-            "rows": 4 if quick else 8,
+            "rows": 8,
             "lr": 3e-3,
             "eval_every": 20,
             "eval_batches": 4,

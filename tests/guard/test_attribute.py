@@ -172,16 +172,26 @@ def test_suspects_of_a_numeric_rule_are_named_with_the_margin_on_the_loss():
     assert verdict.rows[0]["over_threshold"] == 18.0
 
 
-def test_a_suspect_that_the_loss_does_not_mind_is_named_without_a_margin():
-    again, reference = passed(2.0), passed(2.0, differences=close())
-    one = {"layers.1.ffn": passed(2.001)}
+@pytest.mark.parametrize("mends", [0.5, 0.0])  # share of the suspect's error in the gradient
+def test_a_suspect_that_the_loss_does_not_mind_has_its_margin_on_the_gradient(mends):
+    wrong = {"layers.1.ffn": 0.5, "layers.0.ffn": 0.3}
+    again, reference = passed(2.0), passed(2.0, differences=close(wrong))
+    whole = math.hypot(*close(wrong).values())
+    one = {
+        "layers.1.ffn": passed(2.001, differences={"emb": whole * (1 - 0.96 * mends)}),
+        "layers.0.ffn": passed(2.0, differences={"emb": whole * (1 - 0.04)}),
+    }
+    host = Host(again, reference, one=one)
+    host.bad = passed(2.0, differences=close(wrong))
     trigger = Trigger("numeric", 201, 201, 0, {})
-    verdict = attribute(
-        Host(again, reference, one=one), trigger, detector(), seen=None,
-        suspects={"layers.1.ffn": 3.0},
-    )  # fmt: skip
+    verdict = attribute(host, trigger, detector(), seen=None, suspects={"layers.1.ffn": 3.0})
     assert (verdict.kind, verdict.units) == (PRECISION, ("layers.1.ffn",))
-    assert math.isnan(verdict.margin)
+    assert verdict.evidence["margin of"] == "gradient"
+    assert verdict.passes == pytest.approx(host.cost, abs=0.01)
+    if mends:
+        assert verdict.margin == pytest.approx(24 * mends)
+    else:
+        assert math.isnan(verdict.margin)  # another unit mends more
 
 
 @pytest.mark.parametrize("kind", ["sustained", "divergence"])
