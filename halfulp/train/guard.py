@@ -300,9 +300,12 @@ class SessionGuard:
         readings += self.looks.take() + self._shadow() + self._pending
         self._pending = []
         findings = self.numeric.observe(s.step, readings)
+        last = s.step == s.config.train.steps  # no update is left that could be more precise
         for finding in findings:
-            if finding.level == "warn":
+            if last or finding.level == "warn":
                 s.emit("signal", step=s.step, **vars(finding))
+        if last:
+            return
         acts = [finding for finding in findings if finding.level == "act"]
         for storage in (False, True):
             self._raise([f for f in acts if (f.rule in STORAGE) == storage], storage=storage)

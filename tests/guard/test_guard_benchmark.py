@@ -4,7 +4,7 @@ import math
 import random
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -155,3 +155,58 @@ def test_recovered_loss_is_paired_by_seed_and_says_what_was_not_tried():
     assert row == ["bad batch", "not finite in 1 of 3", "–", "+0.020 (+0.010…+0.030)"]
     with pytest.raises(ValueError, match="pray"):
         benchmark.recovered({"bad batch": {"pray": [1.0]}}, [1.0])
+
+
+def test_a_run_that_was_stopped_has_no_gap():
+    losses = {"broken": {"nothing": [2.1, 3.1, 4.1], "guard": [None, 3.0, None]}}
+    (row,) = cells(benchmark.recovered(losses, [2.0, 3.0, 4.0]))
+    assert row == ["broken", "+0.100 (+0.100…+0.100)", "–", "stopped in 2 of 3"]
+
+
+def test_own_rules_see_a_weight_that_jumps_where_the_loss_does_not():
+    steps = flat()
+    for s in steps:
+        s["weights"] = {"w": 1.0 + 1e-4 * s["step"] + 7.0 * (s["step"] >= 200)}
+    assert benchmark.OwnRules().alarms(steps) == list(range(200, 401))
+    assert benchmark.OwnRules().alarms(flat()) == []
+
+
+def results_of(*actions: str, digest: str = "a") -> dict:
+    """Of one recipe: the first seed with these incidents, the others without any."""
+    made = {}
+    for task in benchmark.clean_runs("te_delayed", "guard", 1000):
+        acts = [{"trigger": "spike", "action": a, "step": 1} for a in actions * (task.seed == 0)]
+        made[task.name] = {"incidents": acts, "digest": "a"}
+        made[replace(task, answer="off").name] = {"incidents": [], "digest": digest}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("actions", "row"),
+    [
+        ((), ["0.0 (0.0–1.2)", "0", "0", "0", "met", "3 of 3"]),
+        (("skip",) * 3, ["1.0 (0.2–2.9)", "0", "0", "0", "met", "2 of 2"]),
+        (("skip",) * 4, ["1.3 (0.4–3.4)", "0", "0", "0", "missed", "2 of 2"]),
+        (("roll back",), ["0.0 (0.0–1.2)", "1", "0", "0", "missed", "2 of 2"]),
+        (("raise", "retry"), ["0.0 (0.0–1.2)", "0", "1", "1", "met", "2 of 2"]),
+    ],
+)
+def test_gates_on_clean_runs(actions, row):
+    tasks = benchmark.clean_runs("te_delayed", "guard", 1000)
+    assert benchmark.gates(tasks, results_of(*actions)) == row
+
+
+def test_bits_that_differ_are_counted():
+    tasks = benchmark.clean_runs("te_delayed", "guard", 1000)
+    assert benchmark.gates(tasks, results_of(digest="b"))[-1] == "0 of 3"
+
+
+def test_runs_of_a_task_have_names_of_their_own():
+    made = [
+        *benchmark.clean_runs("mxfp8", "guard", 300),
+        *benchmark.clean_runs("mxfp8", "off", 300),
+    ]
+    made += benchmark.faulty_runs("lr-jump", "skip", 300)
+    made += [task.base for task in benchmark.faulty_runs("", "guard", 300)]
+    assert len({task.name for task in made}) == len(made) == 12
+    assert made[6].at == 181
