@@ -186,8 +186,7 @@ def drill(fault: str) -> str:
 
 def main() -> None:
     if not torch.cuda.is_available():
-        print("## Guard on a GPU\n\nNot measured: this PyTorch sees no GPU.")
-        return
+        raise SystemExit("guard_gpu measures on a GPU, and this PyTorch sees none.")
     print("## Guard on a GPU\n")
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}; bf16 autocast, fused AdamW, "

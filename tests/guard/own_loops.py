@@ -9,11 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import halfulp
+from halfulp.guard import detect, loop
 from halfulp.guard.calls import loss_in
-from halfulp.train.config import ModelConfig
-from halfulp.train.model import build_model
 
 ROWS, LENGTH, VOCAB = 4, 16, 64
+
+
+def act_early(monkeypatch: Any) -> None:
+    """Windows are active after 24 steps, so that tests are short."""
+    monkeypatch.setattr(detect, "ACTIVE", 24)
+    monkeypatch.setattr(loop, "ACTIVE", 24)
 
 
 def batches(count: int, *, seed: int = 1, rows: int = ROWS) -> list[Tensor]:
@@ -146,6 +151,9 @@ class Tiny(nn.Module):
 
 
 def llama() -> nn.Module:
+    from halfulp.train.config import ModelConfig
+    from halfulp.train.model import build_model
+
     config = ModelConfig(preset="llama-tiny", hidden=32)
     return build_model(config, vocab=VOCAB, length=LENGTH, seed=0).model.train()
 

@@ -1,12 +1,17 @@
 import pytest
 import torch
-from own_loops import Tiny, batches, llama, model_trained, noise
+from own_loops import Tiny, act_early, batches, llama, model_trained, noise
 from torch import nn
 
 import halfulp
 from halfulp.errors import ConfigError, StoppedError
 
 pytest.importorskip("accelerate")
+
+
+@pytest.fixture(autouse=True)
+def _early(monkeypatch):
+    act_early(monkeypatch)
 
 
 def train(folder, data, *, guarded, policy=None, make=model_trained, accumulate=1, **options):
@@ -56,9 +61,9 @@ def test_a_healthy_trainer_is_bit_identical_with_the_guard(tmp_path, make, polic
 
 
 def test_an_update_is_really_not_made_and_moments_stay(tmp_path):
-    data = batches(72)
+    data = batches(32)
     plain, _, first = train(tmp_path, data, guarded=False)
-    watched, guard, second = train(tmp_path, [*data[:68], noise(), *data[68:]], guarded=True)
+    watched, guard, second = train(tmp_path, [*data[:28], noise(), *data[28:]], guarded=True)
     first.train()
     second.train()
     (incident,) = guard.incidents
@@ -74,18 +79,18 @@ def test_it_rolls_back_while_the_trainers_data_goes_on(tmp_path):
 
     class Damage(TrainerCallback):
         def on_step_begin(self, args, state, control, *, model, **_):
-            if state.global_step == 69:
+            if state.global_step == 29:
                 with torch.no_grad():
                     model.lm_head.weight.mul_(8)
 
-    watched, guard, trainer = train(tmp_path, batches(70), guarded=True)
+    watched, guard, trainer = train(tmp_path, batches(30), guarded=True)
     trainer.add_callback(Damage())
     trainer.train()
     (incident,) = guard.incidents
-    assert (incident.trigger.step, incident.action, incident.step) == (70, "roll back", 0)
+    assert (incident.trigger.step, incident.action, incident.step) == (30, "roll back", 0)
     assert "the data goes on" in incident.done[-1]
     assert same(watched, model_trained())
-    assert trainer.state.global_step == 70
+    assert trainer.state.global_step == 30
 
 
 def test_it_raises_a_block_in_a_trainer(tmp_path):

@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 import torch
-from own_loops import batches, loss_of, model_trained, noise
+from own_loops import act_early, batches, loss_of, model_trained, noise
 from torch import Tensor, nn
 
 import halfulp
@@ -17,6 +17,11 @@ except ImportError:
 
 needs_lightning = pytest.mark.skipif(pl is None, reason="Lightning is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own
+
+
+@pytest.fixture(autouse=True)
+def _early(monkeypatch):
+    act_early(monkeypatch)
 
 
 def train(data, *, guarded, policy=None, accumulate=1, before=lambda step, net: None, fit=True):
@@ -62,9 +67,9 @@ def test_a_healthy_run_is_bit_identical_with_the_guard(policy, accumulate):
 
 @needs_lightning
 def test_an_update_is_really_not_made_and_moments_stay():
-    data = batches(72)
+    data = batches(32)
     plain, _, first = train(data, guarded=False)
-    watched, guard, second = train([*data[:68], noise(), *data[68:]], guarded=True)
+    watched, guard, second = train([*data[:28], noise(), *data[28:]], guarded=True)
     (incident,) = guard.incidents
     assert (incident.action, incident.verdict.kind) == ("skip", "data")
     assert same(plain, watched)
@@ -76,18 +81,18 @@ def test_an_update_is_really_not_made_and_moments_stay():
 @needs_lightning
 def test_it_rolls_back_and_its_state_is_in_the_checkpoint(tmp_path):
     def damage(step: int, net: nn.Module) -> None:
-        if step == 70:
+        if step == 30:
             with torch.no_grad():
                 net.lm_head.weight.mul_(8)
 
-    watched, guard, trainer = train(batches(70), guarded=True, before=damage)
+    watched, guard, trainer = train(batches(30), guarded=True, before=damage)
     (incident,) = guard.incidents
-    assert (incident.trigger.step, incident.action, incident.step) == (70, "roll back", 0)
+    assert (incident.trigger.step, incident.action, incident.step) == (30, "roll back", 0)
     assert same(watched.net, model_trained())
     trainer.save_checkpoint(tmp_path / "all.ckpt")
     saved = torch.load(tmp_path / "all.ckpt", weights_only=True)["callbacks"]
     (state,) = (state for name, state in saved.items() if "GuardCallback" in name)
-    assert state["keeper"]["spent"]["rollbacks"] == [70]
+    assert state["keeper"]["spent"]["rollbacks"] == [30]
 
 
 @needs_lightning

@@ -1,8 +1,10 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from own_loops import Loop, batches, llama, loss_of, model_trained, noise, same
+from own_loops import Loop, act_early, batches, llama, loss_of, model_trained, noise, same
 from torch import nn
 
 import halfulp
@@ -10,6 +12,11 @@ from halfulp.errors import ConfigError, PolicyError, RunError, StoppedError
 from halfulp.policy import Rule
 
 HALF = halfulp.Budget(raised=0.5)  # the models have three units with a GEMM
+
+
+@pytest.fixture(autouse=True)
+def _early(monkeypatch):
+    act_early(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -34,14 +41,14 @@ def test_a_healthy_loop_is_bit_identical_to_one_without_a_guard(policy, accumula
 
 
 def test_a_bad_batch_is_withheld_and_the_run_is_that_of_a_loop_that_skipped_it():
-    data = batches(76)
-    watched = Loop(policy="nvfp4_all").run([*data[:70], noise(), *data[70:]])
+    data = batches(36)
+    watched = Loop(policy="nvfp4_all").run([*data[:30], noise(), *data[30:]])
     skipped = Loop(policy="nvfp4_all", guarded=False).run(data)
-    assert watched.withheld == [71]
+    assert watched.withheld == [31]
     (event,) = watched.events
     assert (event["trigger"], event["verdict"], event["action"]) == ("spike", "data", "skip")
     assert same(watched.state(), skipped.state())
-    unguarded = Loop(policy="nvfp4_all", guarded=False).run([*data[:70], noise(), *data[70:]])
+    unguarded = Loop(policy="nvfp4_all", guarded=False).run([*data[:30], noise(), *data[30:]])
     assert not same(unguarded.state(), skipped.state())
 
 
@@ -72,19 +79,19 @@ class Damage:
 
 @pytest.mark.parametrize("factor", [8.0, float("nan")])
 def test_a_damaged_weight_is_rolled_back_bit_by_bit(factor):
-    damage = Damage(76, factor, keep=60)
+    damage = Damage(36, factor, keep=20)
     loop = Loop(before=damage, options={"snapshot_every": 5, "snapshots": 4})
-    loop.run(batches(76))
+    loop.run(batches(36))
     (event,) = loop.events
     assert event["verdict"] == "state or learning rate"
     assert event["action"] == "roll back"
     back = event["to"]
-    assert 50 <= back < 75
-    assert loop.withheld == [76]
+    assert 10 <= back < 35
+    assert loop.withheld == [36]
     assert "the data goes on" in event["done"][-1]
     assert not loop.guard.rewound
     # The same loop stopped at the snapshot's step has the same weights, moments and rate.
-    stopped = Loop().run(batches(76)[:back])
+    stopped = Loop().run(batches(36)[:back])
     assert same(loop.state(), stopped.state())
     rates = [x.optimizer.param_groups[0]["lr"] for x in (loop, stopped)]
     assert rates[0] == rates[1]
@@ -112,7 +119,7 @@ class Loader:
 
 
 def test_a_loader_that_rewinds_gives_the_run_that_never_was_damaged():
-    data, damage = batches(90), Damage(76, 8.0, keep=60)
+    data, damage = batches(50), Damage(36, 8.0, keep=20)
     loader = Loader(data)
     loop = Loop(guarded=False)
     loop.guard = halfulp.Guard(
@@ -269,7 +276,7 @@ def test_a_saved_guard_goes_on_bit_by_bit_with_its_raised_block_and_its_snapshot
 
 
 def test_incidents_go_to_a_file(tmp_path):
-    data = batches(66)
+    data = batches(26)
     Loop(options={"log": tmp_path / "guard.jsonl"}).run([*data, noise()])
     (line,) = (tmp_path / "guard.jsonl").read_text().splitlines()
     assert json.loads(line)["verdict"] == "data"
@@ -277,8 +284,8 @@ def test_incidents_go_to_a_file(tmp_path):
 
 def test_it_stops_when_nothing_helps():
     budget = halfulp.Budget(rollbacks=1)
-    loop = Loop(options={"budget": budget, "snapshot_every": 5}, before=Damage(70, 8.0, keep=60))
-    loop.run(batches(69))
+    loop = Loop(options={"budget": budget, "snapshot_every": 5}, before=Damage(30, 8.0, keep=20))
+    loop.run(batches(29))
     with torch.no_grad():
         loop.model.get_parameter("lm_head.weight").fill_(float("nan"))
     loop.step(batches(1))
@@ -305,22 +312,22 @@ class Fused(Loop):
 
 
 def test_the_device_withholds_a_bad_update_without_an_answer_from_the_host():
-    data = batches(76)
-    watched = Fused().run([*data[:70], noise(), *data[70:]])
+    data = batches(36)
+    watched = Fused().run([*data[:30], noise(), *data[30:]])
     skipped = Fused(guarded=False).run(data)
     assert all(watched.answers)
     (event,) = watched.events
-    assert (event["step"], event["verdict"], event["action"]) == (71, "data", "skip")
+    assert (event["step"], event["verdict"], event["action"]) == (31, "data", "skip")
     assert same(watched.state(), skipped.state())
 
 
 def test_what_the_device_has_withheld_is_rolled_back_one_step_later():
-    damage = Damage(76, 8.0, keep=60)
-    loop = Fused(before=damage, options={"snapshot_every": 5}).run(batches(77))
+    damage = Damage(36, 8.0, keep=20)
+    loop = Fused(before=damage, options={"snapshot_every": 5}).run(batches(37))
     (event,) = loop.events
-    assert (event["step"], event["action"]) == (76, "roll back")
-    assert loop.withheld == [77]
-    assert same(loop.state(), Fused(guarded=False).run(batches(76)[: event["to"]]).state())
+    assert (event["step"], event["action"]) == (36, "roll back")
+    assert loop.withheld == [37]
+    assert same(loop.state(), Fused(guarded=False).run(batches(36)[: event["to"]]).state())
 
 
 def test_a_block_is_raised_for_the_step_after_the_one_that_the_device_has_withheld():
@@ -399,3 +406,10 @@ def test_a_model_that_is_quantized_keeps_its_policy():
     halfulp.Guard(model, optimizer, policy="mxfp8")
     with pytest.raises(PolicyError, match="quantized already, by another policy"):
         halfulp.Guard(model, optimizer, policy="nvfp4_all")
+
+
+def test_the_example_in_the_docs_runs(capsys):
+    page = Path(__file__).parents[2] / "docs" / "guard_own_loop.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
+    exec(compile(example, page.name, "exec"), {})
+    assert 'recipe = "te_delayed"' in capsys.readouterr().out
