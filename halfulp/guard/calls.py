@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from halfulp.quantization import Quantized
 from halfulp.site import histories
 
-Scales = dict[str, tuple[Tensor, Tensor, Tensor | None]]
+Scales = dict[str, tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
 
 
 @dataclass
@@ -38,7 +38,8 @@ class Recorder:
         self.model, self.handle, self.on = model, handle, True
         self.device = next(model.parameters()).device
         self.calls: list[Call] = []
-        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+        before: Any = torch.compiler.disable(self._before)
+        after: Any = torch.compiler.disable(self._after)
         self._hooks = [
             model.register_forward_pre_hook(before, with_kwargs=True),
             model.register_forward_hook(after),
@@ -129,14 +130,14 @@ def scales_of(handle: Quantized | None) -> Scales:
     if handle is None:
         return {}
     found = histories(handle.sites)
-    return {name: (h.amaxes, h.scale, h.seen) for name, (h, _) in found.items()}
+    return {name: (h.amaxes, h.scale, h.seen, h.copy) for name, (h, _) in found.items()}
 
 
 def put_scales(handle: Quantized, scales: Scales) -> None:
     """The inverse of `scales_of`, for the histories that are still there."""
     for name, (history, _) in histories(handle.sites).items():
         if name in scales:
-            history.amaxes, history.scale, history.seen = scales[name]
+            history.amaxes, history.scale, history.seen, history.copy = scales[name]
 
 
 def synchronized(model: nn.Module, on: bool) -> AbstractContextManager[Any]:

@@ -123,9 +123,9 @@ class Detector:
         return None
 
     @staticmethod
-    def is_spike(z_loss: float, z_norm: float) -> bool:
-        """Whether deviations are those of a spike."""
-        return z_loss > SPIKE or z_norm > _ALONE or (z_norm > SPIKE and z_loss > _RAISED)
+    def is_spike(z_loss: Any, z_norm: Any) -> Any:
+        """Whether deviations (numbers, or tensors on any device) are those of a spike."""
+        return (z_loss > SPIKE) | (z_norm > _ALONE) | ((z_norm > SPIKE) & (z_loss > _RAISED))
 
     def deviations(self, loss: float, norm: float) -> dict[str, float]:
         """Robust z of the loss and of the logarithm of the gradient norm."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from halfulp.blocks import block_map
 from halfulp.errors import ConfigError, PolicyError, RunError, StoppedError, require
 from halfulp.guard.budget import HORIZON, Budget
 from halfulp.guard.calls import Call
-from halfulp.guard.detect import ACTIVE, SPIKE, Trigger
+from halfulp.guard.detect import ACTIVE, Trigger
 from halfulp.guard.host import Pass
 from halfulp.guard.keeper import BACK, RETRY, STOP, Incident, Keeper
 from halfulp.guard.ladder import Ladder
@@ -134,7 +135,8 @@ class Guard:
             optimizer.register_step_post_hook(self._stepped),
         ]
         size = sum(p.numel() * (p.element_size() + 8) for p in _parts(host.bare))
-        check_memory(size, self._keeper.ring.most, "snapshots")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", _processes()))
+        check_memory(size, self._keeper.ring.most, "snapshots", processes=here)
 
     def step(self, loss: Tensor | float | None = None) -> bool:
         """After the backward pass: whether to make the update. The same on every process.
@@ -306,22 +308,21 @@ class Guard:
 
     def _let_go(self, calls: list[Call], values: Tensor) -> bool:
         """Let the device decide about the update, and look at its decision in the next step."""
-        loss, total = values[0], values[-1]
-        bars = self._bars()
-        held = ~(torch.isfinite(loss) & torch.isfinite(total))
-        held = held | (loss > bars[0]) | (total > bars[1])
-        self.optimizer.found_inf = held.float()  # pyright: ignore[reportOptionalMemberAccess]
+        held = self._abnormal(values[0], values[1 + len(self._host.units.names)])
+        vars(self.optimizer)["found_inf"] = held.float()  # as a GradScaler tells it
         sent, event = _sent(torch.cat([values, held.double().reshape(1)]))
         self._allow(_Made(calls, None, sent, event))
         return True
 
-    def _bars(self) -> tuple[float, float]:
-        """What the loss and the square of the gradient norm of a spike exceed."""
-        bars, detector = [], self._keeper.detector
-        for window in (detector.loss, detector.norm):
-            middle, spread = window.scale() if len(window.values) >= ACTIVE else (math.inf, 0.0)
-            bars.append(middle + SPIKE * spread)
-        return bars[0], math.exp(min(700.0, 2 * bars[1])) if bars[1] < math.inf else math.inf
+    def _abnormal(self, loss: Tensor, square: Tensor) -> Tensor:
+        """Whether a step is not finite or a spike, on the device; `square` of the gradient norm."""
+        detector, z = self._keeper.detector, []
+        for window, value in ((detector.loss, loss), (detector.norm, square.log() / 2)):
+            active = len(window.values) >= ACTIVE
+            middle, spread = window.scale() if active else (0.0, math.inf)
+            z.append((value - middle) / spread)
+        finite = torch.isfinite(loss) & torch.isfinite(square)
+        return ~finite | detector.is_spike(*z)
 
     def _finish(self) -> Trigger | Incident | None:
         """The step before is over: accept it, or answer what the device has found in it."""
@@ -499,7 +500,12 @@ class Guard:
         self.incidents.append(incident)
         if dist.is_available() and dist.is_initialized() and dist.get_rank():
             return
-        row = {"event": "guard", **incident.fields(), "map": self.map()}
+        row = {
+            "event": "guard",
+            **incident.fields(),
+            "map": self.map(),
+            "above": self._ladder.above(),
+        }
         if callable(self._log):
             self._log(row)
         elif self._log is not None:
@@ -597,11 +603,16 @@ def _parts(model: nn.Module) -> list[Tensor]:
     return [local(p.detach()) for p in model.parameters()]
 
 
+def _processes() -> int:
+    there = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if there else 1
+
+
 def _everywhere(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of every process, so that all find the same."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if _processes() == 1:
         return rows
-    parts: list[Any] = [None] * dist.get_world_size()
+    parts: list[Any] = [None] * _processes()
     dist.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
 
@@ -625,9 +636,12 @@ def _unlike(seen: Pass, again: Pass, count: int) -> str:
 def _stopped(incident: Incident) -> str:
     trigger, verdict = incident.trigger, incident.verdict
     units = f" in {', '.join(verdict.units[:4])}" if verdict.units else ""
+    over = incident.exceeded
+    cure = "Go on from a good checkpoint with a lower learning rate or a wider recipe."
+    if over is not None and over.enough is not None:
+        cure = f"To go on: halfulp.Guard(…, budget=halfulp.Budget({over.budget}={over.enough:g}))."
     return (
         f"the guard stopped the loop at step {trigger.step}: {incident.done[-1]}. It saw "
         f"{trigger}; its verdict is {verdict.kind}{units}. Nothing of that step was updated; model "
-        "and optimizer are as they were before it. Go on from your last good checkpoint with a "
-        "lower learning rate or a wider recipe; guard.incidents tells what happened."
+        f"and optimizer are as they were before it. {cure} guard.incidents tells what happened."
     )

@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,8 +91,8 @@ class LoopHost:
             if not backward:
                 with torch.no_grad():
                     losses = [self._again(call) for call in calls]
-                total = self.over_processes(self.total(losses), torch.zeros(0, device=self.device))
-                return Pass(total[0].item(), math.nan)
+                loss = self.over_processes(self.total(losses).reshape(1))
+                return Pass(loss.item(), math.nan)
             found = self.as_pass(self.measure(self.run(calls)))
             if keep:
                 self.kept = [gradient.clone() for _, gradient in self._gradients()]
@@ -234,35 +235,44 @@ class LoopHost:
         return each.sum() if self.sum_loss else each.mean()
 
     def measure(self, loss: Tensor) -> Tensor:
-        """[loss, sum of squares of each unit's gradient, of all], fp64, over all processes."""
-        named = self._gradients()
+        """[loss, squares of the gradient norm of each unit and of all, of each matrix's norm].
+
+        fp64, over all processes.
+        """
+        named, matrices = self._gradients(), [local(p.detach()) for _, p in self._matrices()]
         squares = torch.zeros(len(self.units.names), dtype=torch.float64, device=self.device)
         if named:
             places = self._places([name for name, _ in named])
             squares.index_add_(0, places, _norms([g for _, g in named]).square())
-        return self.over_processes(loss, squares)
+        weights = _norms(matrices).square() if matrices else squares[:0]
+        loss = loss.detach().double().reshape(1).to(self.device)
+        return self.over_processes(torch.cat([loss, squares, squares.sum().reshape(1), weights]))
 
-    def over_processes(self, loss: Tensor, squares: Tensor) -> Tensor:
-        """As `measure`, from the values of this process."""
-        loss, total = loss.detach().double().reshape(1), squares.sum().reshape(1)
-        values = torch.cat([loss.to(self.device), squares, total])
+    def over_processes(self, values: Tensor) -> Tensor:
+        """The mean of the first value, and sums of squares of the others over whole tensors."""
         if not (dist.is_available() and dist.is_initialized()):
             return values
-        sharded = any(isinstance(p, DTensor) for p in self.bare.parameters())
         size = dist.get_world_size()
-        values[0] /= size
-        if not sharded:
-            values[1:] /= size  # each process has the whole gradient
+        if any(isinstance(p, DTensor) for p in self.bare.parameters()):
+            values[0] /= size
+        else:  # each process has whole tensors
+            values /= size
         dist.all_reduce(values)
         return values
 
     def as_pass(self, values: Tensor | Sequence[float]) -> Pass:
         """What `measure` gave, on the host."""
         numbers = values.tolist() if isinstance(values, Tensor) else list(values)
-        loss, *squares, total = numbers
+        loss, *squares = numbers
         roots = [math.sqrt(s) if s >= 0 else math.nan for s in squares]
-        norm = math.sqrt(total) if total >= 0 else math.nan
-        return Pass(loss, norm, dict(zip(self.units.names, roots, strict=True)))
+        count = len(self.units.names)
+        names = [name for name, _ in self._matrices()]
+        return Pass(
+            loss,
+            roots[count],
+            dict(zip(self.units.names, roots[:count], strict=True)),
+            weights=dict(zip(names, roots[count + 1 :], strict=True)),
+        )
 
     def units_in(self, group: Mapping[str, Any]) -> set[str]:
         """The units whose parameters a group of the optimizer holds."""
@@ -350,6 +360,10 @@ class LoopHost:
         named = self.bare.named_parameters()
         return [(name, local(p.grad)) for name, p in named if p.grad is not None]
 
+    def _matrices(self) -> list[tuple[str, Tensor]]:
+        named = self.bare.named_parameters()
+        return [(name, p) for name, p in named if p.ndim >= 2 and p.requires_grad]
+
     def _places(self, names: list[str]) -> Tensor:
         """The index of each parameter's unit; a copy to the device, so kept."""
         if getattr(self, "_index", ([],))[0] != names:
@@ -364,14 +378,14 @@ class LoopHost:
             a, b = new.double(), old.double()
             three = torch.stack([(a - b).square().sum(), (a * b).sum(), b.square().sum()])
             rows[self.units.names.index(self.units.parameters[name])] += three
-        zero = torch.zeros((), device=self.device)
-        sums = self.over_processes(zero, rows.flatten())[1:-1].view(-1, 3).tolist()
+        zero = torch.zeros(1, dtype=torch.float64, device=self.device)
+        sums = self.over_processes(torch.cat([zero, rows.flatten()]))[1:].view(-1, 3).tolist()
         differences, cosines = {}, {}
         for unit, (square, dot, old) in zip(self.units.names, sums, strict=True):
             norm = found.units[unit] * math.sqrt(old) if old >= 0 else math.nan
             differences[unit] = math.sqrt(square) if square >= 0 else math.nan
             cosines[unit] = dot / norm if norm else 0.0
-        return Pass(found.loss, found.norm, found.units, differences, cosines)
+        return replace(found, differences=differences, cosines=cosines)
 
     def _outputs(self) -> dict[str, Tensor]:
         """The output of every leaf module in a forward pass of the first call."""

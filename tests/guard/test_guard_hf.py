@@ -102,7 +102,7 @@ def test_it_raises_a_block_in_a_trainer(tmp_path):
             if history is not None:
                 history.scale = history.scale * 16
 
-    _, guard, trainer = train(tmp_path, batches(5), guarded=True, policy="te_delayed")
+    _, guard, trainer = train(tmp_path, batches(7), guarded=True, policy="te_delayed")
     guard._keeper.budget = halfulp.Budget(raised=0.5)
     trainer.add_callback(Outgrown())
     trainer.train()
