@@ -67,11 +67,15 @@ class Window:
         return (value - middle) / spread
 
     def add(self, value: float) -> None:
-        """Take a value in, no higher than 3 standard deviations once the window is active."""
-        if len(self.values) >= ACTIVE:
-            middle, spread = self.scale()
-            value = min(value, middle + 3 * spread)
-        self.values = [*self.values, value][-WINDOW:]
+        """Take a value in, as `tame` makes it."""
+        self.values = [*self.values, self.tame(value)][-WINDOW:]
+
+    def tame(self, value: float) -> float:
+        """`value`, no higher than 3 standard deviations once the window is active."""
+        if len(self.values) < ACTIVE:
+            return value
+        middle, spread = self.scale()
+        return min(value, middle + 3 * spread)
 
 
 @dataclass
@@ -155,10 +159,11 @@ class Detector:
                 moved = self.moved.get(name, 0.0) * (1 - 1 / WINDOW)
                 self.moved[name] = max(moved, self._change(name, value))
             self.weights[name] = value
+        tame = self.loss.tame(loss)
         self.loss.add(loss)
         self.norm.add(_log(norm))
         self.seen += 1
-        self.short = _mean(self.short, loss, _SHORT)
+        self.short = _mean(self.short, tame, _SHORT)
         # The long mean is as young as the run: at first it must not remember the beginning.
         self.long = _mean(self.long, loss, min(_LONG, max(_SHORT, self.seen // 4)))
         self.best_long, self.best_short = (
@@ -200,7 +205,7 @@ class Detector:
         """Sustained worsening and divergence: of the mean that this step would give."""
         if self.seen < ACTIVE:
             return None
-        short = _mean(self.short, loss, _SHORT)
+        short = _mean(self.short, self.loss.tame(loss), _SHORT)
         active = len(self.loss.values) >= ACTIVE  # not where a phase has just begun
         spread = self.loss.scale()[1] if active else 0.0
         # The best of noisy means lies below what is usual, by more the smaller the batch.

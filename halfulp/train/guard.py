@@ -39,6 +39,7 @@ from halfulp.train.step import (
     place_of_loss,
 )
 
+YOUNG = 20  # steps before which numeric rules say nothing
 SHADOW = 250  # steps between two comparisons of all gradients with the reference ones
 _KNOWN, _REMEMBERED = 8, 32  # measurements of the logits' sharpness
 _LEAST_SPREAD = 0.05
@@ -295,6 +296,8 @@ class SessionGuard:
     def check(self, gemms: list[dict[str, Any]], optimizer: list[dict[str, Any]]) -> None:
         """After every step: numeric rules on what was counted in it, then descents."""
         s = self.session
+        if s.step < YOUNG:  # histories and moments are still filling
+            return
         readings = readings_of(s.precision.handle.stale())
         readings += readings_of(map(shares, gemms), map(shares, optimizer))
         readings += self.looks.take() + self._shadow() + self._pending
