@@ -231,10 +231,11 @@ class _Bench:
 
 def _row(case: Case, look: Look) -> Drilled:
     first, costs = look.first, [incident["cost"] for incident in look.incidents]
-    total = {key: sum(c[key] for c in costs) for key in ("withheld", "replayed", "passes")}
-    told: dict[str, Any] = {}
+    told: dict[str, Any] = {
+        key: sum(cost[key] for cost in costs) for key in ("withheld", "replayed", "passes")
+    }
     if first:
-        told = {key: first[key] for key in ("trigger", "verdict", "margin", "action")}
+        told |= {key: first[key] for key in ("trigger", "verdict", "margin", "action")}
         told |= {"units": tuple(first["units"]), "done": tuple(first["done"])}
     return Drilled(
         fault=case.name,
@@ -248,7 +249,6 @@ def _row(case: Case, look: Look) -> Drilled:
         incidents=len(look.incidents),
         loss_gap=_gap(look.path, look.clean, look.steps) if look.reason == "finished" else math.nan,
         **told,
-        **total,
     )
 
 

@@ -160,6 +160,21 @@ def test_the_default_drill_has_a_delayed_scale_and_quick_is_shorter():
     assert load_config(whole.to_dict()) == whole
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--faults", "weight-x9"), "Did you mean 'weight-x8'"),
+        (("--set", "guard.on=false"), "a drill tests the guard"),
+        (("--steps", "100"), "too short for a drill"),
+    ],
+)
+def test_the_command_says_what_cannot_be_drilled(arguments, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        main(["guard", "drill", "--out", str(tmp_path / "out"), *arguments])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_quick_drill_passes_on_the_command_line(tmp_path, capsys):
     out, figures = tmp_path / "drill", tmp_path / "drill.json"
