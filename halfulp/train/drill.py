@@ -259,7 +259,8 @@ def _cases(blocks: BlockMap, vocab: int, check: int) -> tuple[Case, ...]:
     hit = tuple(name for name, of in units.parameters.items() if of == unit)
     data = (gates.noticed(0), gates.verdict(DATA), gates.same_as_skipping)
     state = (gates.noticed(1), gates.verdict(STATE), gates.named(unit), gates.recovered_soon(0.02))
-    jump = (gates.noticed(20), gates.verdict(STATE), gates.named(""), gates.recovered(0.05))
+    # No gate on the loss: a rate that is lowered and warmed up again costs a short run some of it.
+    jump = (gates.noticed(20), gates.verdict(STATE), gates.named(""))
     lost = (gates.noticed(20), gates.verdict(STATE), gates.named(unit), gates.recovered(0.05))
     stale = (
         gates.triggered("numeric"), gates.noticed(check), gates.verdict(PRECISION),
