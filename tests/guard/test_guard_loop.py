@@ -330,6 +330,16 @@ def test_what_the_device_has_withheld_is_rolled_back_one_step_later():
     assert same(loop.state(), Fused(guarded=False).run(batches(36)[: event["to"]]).state())
 
 
+def test_what_only_the_host_can_see_is_rolled_back_one_step_later():
+    damage = Damage(36, 2.0, keep=20)  # no spike, but a weight that has jumped
+    loop = Fused(before=damage, options={"snapshot_every": 5}).run(batches(37))
+    (event,) = loop.events
+    assert (event["trigger"], event["action"]) == ("weight", "roll back")
+    assert event["units"] == ["head"]
+    assert loop.withheld == [37]
+    assert same(loop.state(), Fused(guarded=False).run(batches(36)[: event["to"]]).state())
+
+
 def test_a_block_is_raised_for_the_step_after_the_one_that_the_device_has_withheld():
     def outgrown(loop: Loop, step: int) -> None:
         site = loop.model.halfulp.sites.get("layers.0.ffn.up_proj")
