@@ -253,7 +253,9 @@ class Keeper:
         for unit in verdict.units:
             if self.ladder.next(unit, **how):
                 raised[unit] = self.ladder.climb(unit, step, **how)
-        if self.ladder.share_raised() > self.budget.raised:
+        # Where nothing is broken yet and the fallback is no better, more may be raised than that.
+        too_many = self.ladder.share_raised() > self.budget.raised
+        if too_many and (trigger.kind != "numeric" or self.ladder.would_gain(FALLBACK)):
             return self._fall_back(trigger, verdict)
         self.host.apply(self.ladder.policy())
         done = [f"{unit} raised to {recipe}" for unit, recipe in raised.items()]

@@ -37,7 +37,7 @@ from halfulp.guard.ladder import Ladder
 from halfulp.guard.ring import Snapshot
 from halfulp.optim import AdamW
 from halfulp.optim.groups import storage_formats
-from halfulp.policy import Policy
+from halfulp.policy import Policy, Resolution
 from halfulp.quantization import Quantized
 
 LossOf = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Tensor]
@@ -156,10 +156,7 @@ class LoopHost:
         self.handle.switch(resolution)
         if isinstance(self.optimizer, AdamW):
             for group in self.optimizer.param_groups:
-                owner = self._owners(group)
-                if len(owner) == 1:
-                    name = next(iter(owner.values()))
-                    group.update(storage_formats(resolution.parameters[name]))
+                self._store_as(group, resolution)
 
     def skip(self, first: int, last: int) -> int:
         """Batches of these steps are withheld when they come (again)."""
@@ -424,6 +421,14 @@ class LoopHost:
 
     def _groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups if self.optimizer else []
+
+    def _store_as(self, group: dict[str, Any], resolution: Resolution) -> None:
+        """Give a group of a halfulp.AdamW the storage formats that all its parameters have."""
+        names = self._owners(group).values()
+        found = [storage_formats(resolution.parameters[name]) for name in names]
+        alike = found and all(formats == found[0] for formats in found)
+        if alike and all(p.dtype is torch.float32 for p in group["params"]):
+            group.update(found[0])
 
     def _owners(self, group: Mapping[str, Any]) -> dict[int, str]:
         """The parameters of a group that are the model's, as id → name."""

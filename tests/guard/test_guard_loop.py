@@ -193,6 +193,24 @@ def test_a_slowed_unit_has_a_lower_rate_during_the_step_only():
     assert not torch.equal(before["lm_head.weight"], loop.model.get_parameter("lm_head.weight"))
 
 
+def test_lost_updates_raise_what_the_optimizer_stores():
+    model, events = model_trained(), []
+    handle = halfulp.quantize(model, "bf16_weights")
+    optimizer = halfulp.AdamW(halfulp.param_groups(model, handle.resolution), lr=1e-6)
+    guard = halfulp.Guard(model, optimizer, log=events.append)
+    for batch in batches(60):
+        loss = loss_of(model, batch)
+        loss.backward()
+        assert guard.step(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    (event,) = events
+    assert (event["trigger"], event["action"], event["step"]) == ("numeric", "raise", 51)
+    assert all(name.startswith("lost_updates of ") for name in event["signals"])
+    stored = {group["block"]: group["weight"] for group in optimizer.param_groups}
+    assert stored == {"emb": "fp32", "layers.0.ffn": "fp32", "layers.1.ffn": "fp32", "head": "fp32"}
+
+
 def test_a_model_of_ones_own_with_dropout_and_a_loss_function():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.5), nn.Linear(32, 1))
