@@ -1,6 +1,5 @@
 """The guard around one's own training loop: `halfulp.Guard`."""
 
-import hashlib
 import json
 import logging
 import math
@@ -14,20 +13,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from halfulp.blocks import block_map
-from halfulp.errors import ConfigError, PolicyError, RunError, StoppedError, require
+from halfulp.errors import ConfigError, RunError, StoppedError, require
 from halfulp.guard.budget import HORIZON, Budget
 from halfulp.guard.calls import Call
 from halfulp.guard.detect import ACTIVE, Trigger
 from halfulp.guard.host import Pass
 from halfulp.guard.keeper import BACK, RETRY, STOP, Incident, Keeper
-from halfulp.guard.ladder import Ladder
-from halfulp.guard.own_loop import LoopHost, LossOf, is_loader, local, unwrapped
+from halfulp.guard.loop_setup import (
+    check_arguments,
+    digest_of,
+    ladder_of,
+    restorable,
+    stopped,
+    unlike,
+)
+from halfulp.guard.own_loop import LoopHost, LossOf, local, unwrapped
 from halfulp.guard.ring import EVERY, KEPT, Ring, Snapshot, check_memory
 from halfulp.guard.rules import Finding, Numeric, readings_of
 from halfulp.optim import AdamW
-from halfulp.policy import Policy, Resolution
-from halfulp.quantization import Quantized, quantize
+from halfulp.policy import Policy
 
 LOG = logging.getLogger("halfulp.guard")
 COUNT_EVERY = 25  # steps between two looks at the counters of the quantizers
@@ -96,9 +100,9 @@ class Guard:
         snapshots: int = KEPT,
     ) -> None:
         budget = budget or Budget()
-        _check(budget, steps, snapshot_every, snapshots)
+        check_arguments(budget, steps, snapshot_every, snapshots)
         bare = unwrapped(model)
-        ladder, handle = _ladder(bare, policy, hints)
+        ladder, handle = ladder_of(bare, policy, hints)
         self.handle, self._ladder, self._log = handle, ladder, log
         self._host = LoopHost(model, handle, ladder, loss)
         self._host.scaler = scaler
@@ -125,7 +129,7 @@ class Guard:
             raise ConfigError("this guard has an optimizer already. Make one guard per optimizer.")
         host = self._host
         self.optimizer = host.optimizer = optimizer
-        host.also = [_restorable(o) for o in also]
+        host.also = [restorable(o) for o in also]
         host.note_loaders()
         if not host.rewinds:
             self.notes.append("the data does not rewind: after a rollback it goes on")
@@ -202,7 +206,7 @@ class Guard:
         host, ring = self._host, self._keeper.ring
         host.settled()
         return {
-            "policy": _digest(self._ladder.base),
+            "policy": digest_of(self._ladder.base),
             "done": host.done,
             "position": host.position,
             "skips": sorted(host.skips),
@@ -222,7 +226,7 @@ class Guard:
 
         Raises RunError if the guard was saved under another policy.
         """
-        if state["policy"] != _digest(self._ladder.base):
+        if state["policy"] != digest_of(self._ladder.base):
             raise RunError(
                 "the saved guard belongs to another policy. Give halfulp.Guard the policy of the "
                 "saved run, or begin with a new guard."
@@ -296,7 +300,7 @@ class Guard:
 
     def _answer(self, incident: Incident) -> bool:
         if incident.action == STOP:
-            raise StoppedError(_stopped(incident))
+            raise StoppedError(stopped(incident))
         self.rewound = incident.action == BACK and self._host.rewinds
         return self._withhold()
 
@@ -357,7 +361,7 @@ class Guard:
         incident = self._keeper.respond(trigger, seen)
         self._late, host.now = False, now
         if incident.action == STOP:
-            raise StoppedError(_stopped(incident))
+            raise StoppedError(stopped(incident))
         self.rewound = incident.action == BACK and host.rewinds
         return incident
 
@@ -432,7 +436,7 @@ class Guard:
         if host.sum_gradient or host.sum_loss:
             seen, again = host.as_pass(values), host.replay()
         if not _close(seen.loss, again.loss) or not _close(seen.norm, again.norm):
-            raise ConfigError(_unlike(seen, again, count))
+            raise ConfigError(unlike(seen, again, count))
         if host.deterministic and (seen.loss, seen.norm) != (again.loss, again.norm):
             host.deterministic = False
             self.notes.append("a step done again differs in the last bits: it cannot show hardware")
@@ -515,78 +519,6 @@ class Guard:
             LOG.warning("%s; %s: %s", incident.trigger, incident.verdict.kind, "; ".join(done))
 
 
-def _ladder(
-    bare: nn.Module, policy: Policy | str | Path | None, hints: Mapping[str, str] | None
-) -> tuple[Ladder, Quantized | None]:
-    """The ladder over the policy of a model, which is quantized if there is something to do."""
-    blocks, handle = block_map(bare, hints), bare.__dict__.get("halfulp")
-    if handle is None and policy is None:
-        return Ladder(Policy.from_recipe("fp32"), blocks), None
-    if handle is None:
-        own = _load(policy)
-        return Ladder(own, blocks), quantize(bare, own, hints=hints)
-    own = _load(policy) if policy is not None else _policy_of(handle.resolution)
-    if own.resolve(blocks).gemms != handle.resolution.gemms:
-        raise PolicyError(
-            "the model is quantized already, by another policy than the guard was given. Give the "
-            "guard the same policy or none, or call halfulp.unquantize(model) first."
-        )
-    return Ladder(own, blocks), handle
-
-
-def _load(policy: Policy | str | Path | None) -> Policy:
-    if isinstance(policy, str) and not policy.endswith(".toml"):
-        return Policy.from_recipe(policy)
-    if isinstance(policy, str | Path):
-        return Policy.load(Path(policy))
-    if isinstance(policy, Policy):
-        return policy
-    raise PolicyError(
-        f"a policy is a Policy, a recipe name or a path; found {type(policy).__name__}."
-    )
-
-
-def _policy_of(resolution: Resolution) -> Policy:
-    """A policy that decides as `resolution`, whose rules have their keeps spelled out."""
-    rules = (replace(r, recipe=replace(r.recipe, keep=())) for r in resolution.rules)
-    return Policy(tuple(rules))
-
-
-def _digest(policy: Policy) -> str:
-    return hashlib.sha256(policy.to_toml().encode()).hexdigest()
-
-
-def _restorable(o: Any) -> Any:
-    if hasattr(o, "state_dict") and hasattr(o, "load_state_dict"):
-        return o
-    name = type(o).__name__
-    if is_loader(o):
-        raise ConfigError(
-            f"{name} in `also` has no state_dict and load_state_dict, so it cannot rewind. Use a "
-            "loader that can (torchdata's StatefulDataLoader), or leave it out: the data then goes "
-            "on after a rollback."
-        )
-    raise ConfigError(
-        f"{name} in `also` has no state_dict and load_state_dict, so it cannot be put back. Give "
-        "it both, or leave it out."
-    )
-
-
-def _check(budget: Budget, steps: int, every: int, kept: int) -> None:
-    least = {"steps": steps, "snapshot_every": every, "snapshots": kept}
-    least |= {"budget.rollbacks": budget.rollbacks}
-    for name, value in least.items():
-        if value < 1:
-            raise ConfigError(f"{name} = {value} leaves the guard nothing to do. Give 1 or more.")
-    shares = {"wasted": budget.wasted, "raised": budget.raised, "attribution": budget.attribution}
-    for name, value in shares.items():
-        if not 0 < value <= 1:
-            raise ConfigError(
-                f"budget.{name} = {value:g} is no share that the guard could use. Give a number "
-                "above 0 and at most 1; without a guard, do not make one."
-            )
-
-
 def _sent(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """A copy on the CPU, and the event after which it is complete."""
     if values.device.type != "cuda":
@@ -619,29 +551,3 @@ def _everywhere(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=_SAME)
-
-
-def _unlike(seen: Pass, again: Pass, count: int) -> str:
-    """Why the first step could not be repeated."""
-    return (
-        f"the guard has done the step a second time and has found something else: loss "
-        f"{again.loss:.6g} and gradient norm {again.norm:.6g}, where the loop has loss "
-        f"{seen.loss:.6g} and norm {seen.norm:.6g} ({count} micro-batches). It must be able to do "
-        "a step again. Call guard.step before gradients are clipped and after they are unscaled; "
-        "give it the mean loss of the micro-batches; and where the loss is not the one in the "
-        "model's output, give halfulp.Guard(…, loss=…)."
-    )
-
-
-def _stopped(incident: Incident) -> str:
-    trigger, verdict = incident.trigger, incident.verdict
-    units = f" in {', '.join(verdict.units[:4])}" if verdict.units else ""
-    over = incident.exceeded
-    cure = "Go on from a good checkpoint with a lower learning rate or a wider recipe."
-    if over is not None and over.enough is not None:
-        cure = f"To go on: halfulp.Guard(…, budget=halfulp.Budget({over.budget}={over.enough:g}))."
-    return (
-        f"the guard stopped the loop at step {trigger.step}: {incident.done[-1]}. It saw "
-        f"{trigger}; its verdict is {verdict.kind}{units}. Nothing of that step was updated; model "
-        f"and optimizer are as they were before it. {cure} guard.incidents tells what happened."
-    )

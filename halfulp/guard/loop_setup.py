@@ -1,0 +1,121 @@
+"""What `halfulp.Guard` is made of, and what it says when it cannot be made or has to stop."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from halfulp.blocks import block_map
+from halfulp.errors import ConfigError, PolicyError
+from halfulp.guard.budget import Budget
+from halfulp.guard.host import Pass
+from halfulp.guard.keeper import Incident
+from halfulp.guard.ladder import Ladder
+from halfulp.guard.own_loop import is_loader
+from halfulp.policy import Policy, Resolution
+from halfulp.quantization import Quantized, quantize
+
+
+def ladder_of(
+    bare: nn.Module, policy: Policy | str | Path | None, hints: Mapping[str, str] | None
+) -> tuple[Ladder, Quantized | None]:
+    """The ladder over the policy of a model, which is quantized if there is something to do."""
+    blocks, handle = block_map(bare, hints), bare.__dict__.get("halfulp")
+    if handle is None and policy is None:
+        return Ladder(Policy.from_recipe("fp32"), blocks), None
+    if handle is None:
+        own = _load(policy)
+        return Ladder(own, blocks), quantize(bare, own, hints=hints)
+    own = _load(policy) if policy is not None else _policy_of(handle.resolution)
+    if own.resolve(blocks).gemms != handle.resolution.gemms:
+        raise PolicyError(
+            "the model is quantized already, by another policy than the guard was given. Give the "
+            "guard the same policy or none, or call halfulp.unquantize(model) first."
+        )
+    return Ladder(own, blocks), handle
+
+
+def _load(policy: Policy | str | Path | None) -> Policy:
+    if isinstance(policy, str) and not policy.endswith(".toml"):
+        return Policy.from_recipe(policy)
+    if isinstance(policy, str | Path):
+        return Policy.load(Path(policy))
+    if isinstance(policy, Policy):
+        return policy
+    raise PolicyError(
+        f"a policy is a Policy, a recipe name or a path; found {type(policy).__name__}."
+    )
+
+
+def _policy_of(resolution: Resolution) -> Policy:
+    """A policy that decides as `resolution`, whose rules have their keeps spelled out."""
+    rules = (replace(r, recipe=replace(r.recipe, keep=())) for r in resolution.rules)
+    return Policy(tuple(rules))
+
+
+def digest_of(policy: Policy) -> str:
+    """sha256 of the policy's text."""
+    return hashlib.sha256(policy.to_toml().encode()).hexdigest()
+
+
+def restorable(o: Any) -> Any:
+    """`o`, if it can be put back in a rollback; ConfigError if not."""
+    if hasattr(o, "state_dict") and hasattr(o, "load_state_dict"):
+        return o
+    name = type(o).__name__
+    if is_loader(o):
+        raise ConfigError(
+            f"{name} in `also` has no state_dict and load_state_dict, so it cannot rewind. Use a "
+            "loader that can (torchdata's StatefulDataLoader), or leave it out: the data then goes "
+            "on after a rollback."
+        )
+    raise ConfigError(
+        f"{name} in `also` has no state_dict and load_state_dict, so it cannot be put back. Give "
+        "it both, or leave it out."
+    )
+
+
+def check_arguments(budget: Budget, steps: int, every: int, kept: int) -> None:
+    """ConfigError for budgets and counts that leave the guard nothing to do."""
+    least = {"steps": steps, "snapshot_every": every, "snapshots": kept}
+    least |= {"budget.rollbacks": budget.rollbacks}
+    for name, value in least.items():
+        if value < 1:
+            raise ConfigError(f"{name} = {value} leaves the guard nothing to do. Give 1 or more.")
+    shares = {"wasted": budget.wasted, "raised": budget.raised, "attribution": budget.attribution}
+    for name, value in shares.items():
+        if not 0 < value <= 1:
+            raise ConfigError(
+                f"budget.{name} = {value:g} is no share that the guard could use. Give a number "
+                "above 0 and at most 1; without a guard, do not make one."
+            )
+
+
+def unlike(seen: Pass, again: Pass, count: int) -> str:
+    """Why the first step could not be repeated."""
+    return (
+        f"the guard has done the step a second time and has found something else: loss "
+        f"{again.loss:.6g} and gradient norm {again.norm:.6g}, where the loop has loss "
+        f"{seen.loss:.6g} and norm {seen.norm:.6g} ({count} micro-batches). It must be able to do "
+        "a step again. Call guard.step before gradients are clipped and after they are unscaled; "
+        "give it the mean loss of the micro-batches; and where the loss is not the one in the "
+        "model's output, give halfulp.Guard(…, loss=…)."
+    )
+
+
+def stopped(incident: Incident) -> str:
+    """Why the loop was stopped, and how to go on."""
+    trigger, verdict = incident.trigger, incident.verdict
+    units = f" in {', '.join(verdict.units[:4])}" if verdict.units else ""
+    over = incident.exceeded
+    cure = "Go on from a good checkpoint with a lower learning rate or a wider recipe."
+    if over is not None and over.enough is not None:
+        cure = f"To go on: halfulp.Guard(…, budget=halfulp.Budget({over.budget}={over.enough:g}))."
+    return (
+        f"the guard stopped the loop at step {trigger.step}: {incident.done[-1]}. It saw "
+        f"{trigger}; its verdict is {verdict.kind}{units}. Nothing of that step was updated; model "
+        f"and optimizer are as they were before it. {cure} guard.incidents tells what happened."
+    )
