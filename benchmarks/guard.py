@@ -364,7 +364,7 @@ def _show_losses(faults: Iterable[str], drilled: int, results: Mapping[str, Resu
     }  # fmt: skip
     text = recovered(losses, [results[task.name]["loss"] for task in bases])
     found = sum(len(results[task.name]["incidents"]) for task in bases)
-    note = f"The runs without a fault had {found} incidents."
+    note = f"Incidents in the runs without a fault: {found}."
     common.section("Recovered loss", f"{_LOSSES}\n\n{text}\n\n{note}")
 
 

@@ -8,9 +8,11 @@ turns with the same without it, and spread over its interval; all at the default
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
+import torch
 from common import (
     how,
     interleave,
@@ -26,11 +28,13 @@ from training import COUNT_EVERY, run_in
 
 from halfulp.guard.rules import Finding, Numeric, Reading
 from halfulp.train.guard import SHADOW
+from halfulp.train.model import next_token_loss
 from halfulp.train.session import Session
-from halfulp.train.step import agree, drop_gradients, forward_backward, run_step
+from halfulp.train.step import agree, batch_of, drop_gradients, forward_backward, run_step
 
 RECIPES = ("te_delayed", "te_current", "nvfp4_all")
 GOAL = 2.0
+_LOOKS = ("first look", "second look", "last look")  # at the codes of weights; the last at more
 SUM, COUNTERS = "the guard in total", "counters, which a run has without a guard too"
 
 
@@ -53,7 +57,7 @@ def parts(s: Session, threads: int, seconds: float) -> dict[str, float]:
             least["watched"] - least["bare"]
         ),
         f"looks inside the pass, 3 of {COUNT_EVERY} steps": (
-            (least["looking"] - least["passes"]) / COUNT_EVERY
+            (sum(least[name] for name in _LOOKS) - 3 * least["forward"]) / COUNT_EVERY
         ),
         f"rules on counters, every {COUNT_EVERY} steps": (
             (least["checked"] - least["idle check"]) / COUNT_EVERY
@@ -80,19 +84,24 @@ class Calls:
         for _ in range(3):  # moments and amax histories come into being
             self.step()
         self.counted()
+        self.batch_BT = batch_of(session, 0)
         self.losses = forward_backward(session)
+        self.gradients = [parameter.grad for parameter in session.model.parameters()]
         seen = agree(session, self.losses, interrupted=False).seen
         for _ in range(200):  # the windows of the detector are full
             self.guard.accept(seen)
 
     def all(self) -> Mapping[str, Callable[[], object]]:
-        """By name; `bare` and `watched` find the gradients of the passes before them."""
-        names = ("passes", "looking", "bare", "watched", "idle_check", "checked", "shadow")
-        names += ("snapshot", "step", "counted")
-        return {name.replace("_", " "): getattr(self, name) for name in names}
+        """By name."""
+        calls = (self.bare, self.watched, self.idle_check, self.checked, self.shadow, self.snapshot)
+        calls += (self.step, self.counted)
+        looks = {name: partial(self.forward, 3 - i) for i, name in enumerate(_LOOKS)}
+        others = {call.__name__.replace("_", " "): call for call in calls}
+        return {"forward": self.forward, **looks, **others}
 
     def step(self) -> None:
         """A training step without a guard."""
+        drop_gradients(self.s)
         with self._unguarded():
             run_step(self.s, interrupted=False)
 
@@ -108,13 +117,13 @@ class Calls:
 
     def bare(self) -> None:
         """What follows the passes of a step without a guard."""
-        self._pass()
+        self._put_gradients()
         with self._unguarded():
             agree(self.s, self.losses, interrupted=False)
 
     def watched(self) -> None:
         """What follows them with one."""
-        self._pass()
+        self._put_gradients()
         self.s.step = 9
         seen = agree(self.s, self.losses, interrupted=False).seen
         assert self.guard.judge(10, seen) is None
@@ -138,24 +147,16 @@ class Calls:
     def snapshot(self) -> None:
         self.guard.keeper.snapshot(self.s.step)
 
-    def passes(self) -> None:
-        """The passes of three steps up to one that counts."""
-        self._three(look=False)
+    @torch.no_grad()
+    def forward(self, left: int = 0) -> None:
+        """A forward pass; with the guard's looks where it is `left` steps before a count."""
+        self.s.step = COUNT_EVERY - left
+        with self.guard.looks.around(0) if left else nullcontext():
+            next_token_loss(self.s.model, self.batch_BT)
 
-    def looking(self) -> None:
-        """The same with what the guard looks at in them."""
-        self._three(look=True)
-
-    def _three(self, *, look: bool) -> None:
-        for step in range(COUNT_EVERY - 3, COUNT_EVERY):
-            self.s.step = step
-            drop_gradients(self.s)
-            forward_backward(self.s, look=look)
-
-    def _pass(self) -> None:
-        """Gradients, unless there are some."""
-        if next(self.s.model.parameters()).grad is None:
-            forward_backward(self.s)
+    def _put_gradients(self) -> None:
+        for parameter, gradient in zip(self.s.model.parameters(), self.gradients, strict=True):
+            parameter.grad = gradient
 
     @contextmanager
     def _unguarded(self) -> Iterator[None]:
@@ -182,7 +183,7 @@ def main() -> None:
         per_threads(__file__, args)
         return
     use_threads(args.threads)
-    costs = {r: measured(r, args.threads, 0.5 if args.quick else 2.0) for r in RECIPES}
+    costs = {r: measured(r, args.threads, 1.0 if args.quick else 5.0) for r in RECIPES}
     names = [name for name in costs[RECIPES[0]] if name != "ms"]
     rows = [[name, *(f"{cost[name]:.2f}" for cost in costs.values())] for name in names]
     for label, left_out in ((SUM, ()), (f"{SUM}, without counters", (COUNTERS,))):
