@@ -35,6 +35,7 @@ from halfulp.train.step import agree, batch_of, drop_gradients, forward_backward
 RECIPES = ("te_delayed", "te_current", "nvfp4_all")
 GOAL = 2.0
 _LOOKS = ("first look", "second look", "last look")  # at the codes of weights; the last at more
+_QUIET = 30  # a step with no look, count, comparison or snapshot, when histories are full
 SUM, COUNTERS = "the guard in total", "counters, which a run has without a guard too"
 
 
@@ -124,16 +125,16 @@ class Calls:
     def watched(self) -> None:
         """What follows them with one."""
         self._put_gradients()
-        self.s.step = 9
+        self.s.step = _QUIET - 1
         seen = agree(self.s, self.losses, interrupted=False).seen
-        assert self.guard.judge(10, seen) is None
-        self.s.step = 10
+        assert self.guard.judge(_QUIET, seen) is None
+        self.s.step = _QUIET
         self.guard.accept(seen)
         self.guard.check([], [])
         self.guard.keep()
 
     def idle_check(self) -> None:
-        self.s.step = 10
+        self.s.step = _QUIET
         self.guard.check([], [])
 
     def checked(self) -> None:
