@@ -79,7 +79,8 @@ def attribute(
     """
     case = _Case(host, trigger, detector)
     again = case.look("same arithmetic", keep=True)
-    if seen is not None and not _equal(seen, again, exact=host.deterministic):
+    differs = seen is not None and not _equal(seen, again, exact=host.deterministic)
+    if seen is not None and (differs or trigger.kind == "irreproducible"):
         case.evidence["seen"] = {"loss": seen.loss, "norm": seen.norm}
         unit = host.differing_unit()
         case.passes += 2 / 3

@@ -19,7 +19,7 @@ class Budget:
 
     rollbacks: int = 8  # within 10 000 steps
     wasted: float = 0.05  # steps withheld or rolled back
-    raised: float = 0.3  # of the units; above it the whole model falls back
+    raised: float = 0.3  # units raised to 16 bits or more; above it the whole model falls back
     attribution: float = 0.02  # passes of attribution
 
 

@@ -16,13 +16,14 @@ from typing import Any
 WINDOW = 128  # accepted steps that a new one is compared with
 ACTIVE = 64  # of them before anything is called an outlier
 SPIKE = 8.0  # robust standard deviations
-_RAISED, _ALONE = 3.0, 24.0  # a gradient norm counts with a loss above this, or alone above that
+_RAISED, _ALONE = 3.0, 32.0  # a gradient norm counts with a loss above this, or alone above that
 _JUMP = 0.5  # least jump of the logarithm of a weight's norm that is called one
 QUIET = 4.0  # below this everywhere, a step is quiet
 _FLOORS = {"loss": 0.01, "norm": 0.05}  # least deviation: share of the median loss; log norm
 _SHORT, _LONG = 10, 200  # spans of the two means of the loss
 _SUSTAINED = 20  # steps in a row above the long mean
 _DIVERGED_NATS = 0.5
+_RECENT = 5  # steps whose median must be as high as their mean
 _MANY, _WITHIN = 5, 50  # so many spikes within so many steps are a divergence
 
 
@@ -34,7 +35,7 @@ class Trigger:
     change something.
     """
 
-    kind: str  # nonfinite | weight | spike | sustained | divergence | numeric
+    kind: str  # nonfinite | weight | spike | sustained | divergence | numeric | irreproducible
     step: int
     onset: int
     level: int
@@ -67,15 +68,11 @@ class Window:
         return (value - middle) / spread
 
     def add(self, value: float) -> None:
-        """Take a value in, as `tame` makes it."""
-        self.values = [*self.values, self.tame(value)][-WINDOW:]
-
-    def tame(self, value: float) -> float:
-        """`value`, no higher than 3 standard deviations once the window is active."""
-        if len(self.values) < ACTIVE:
-            return value
-        middle, spread = self.scale()
-        return min(value, middle + 3 * spread)
+        """Take a value in, no higher than 3 standard deviations once the window is active."""
+        if len(self.values) >= ACTIVE:
+            middle, spread = self.scale()
+            value = min(value, middle + 3 * spread)
+        self.values = [*self.values, value][-WINDOW:]
 
 
 @dataclass
@@ -85,6 +82,7 @@ class Detector:
     loss: Window = field(default_factory=lambda: Window("loss"))
     norm: Window = field(default_factory=lambda: Window("norm"))
     seen: int = 0  # accepted steps
+    recent: list[float] = field(default_factory=list)  # losses of the last steps
     short: float = math.nan  # mean of the loss over the last _SHORT steps
     long: float = math.nan  # the same, slower
     best_long: float = math.inf
@@ -159,11 +157,11 @@ class Detector:
                 moved = self.moved.get(name, 0.0) * (1 - 1 / WINDOW)
                 self.moved[name] = max(moved, self._change(name, value))
             self.weights[name] = value
-        tame = self.loss.tame(loss)
+        self.recent = [*self.recent, loss][-_RECENT:]
         self.loss.add(loss)
         self.norm.add(_log(norm))
         self.seen += 1
-        self.short = _mean(self.short, tame, _SHORT)
+        self.short = _mean(self.short, loss, _SHORT)
         # The long mean is as young as the run: at first it must not remember the beginning.
         self.long = _mean(self.long, loss, min(_LONG, max(_SHORT, self.seen // 4)))
         self.best_long, self.best_short = (
@@ -205,11 +203,13 @@ class Detector:
         """Sustained worsening and divergence: of the mean that this step would give."""
         if self.seen < ACTIVE:
             return None
-        short = _mean(self.short, self.loss.tame(loss), _SHORT)
+        short = _mean(self.short, loss, _SHORT)
         active = len(self.loss.values) >= ACTIVE  # not where a phase has just begun
         spread = self.loss.scale()[1] if active else 0.0
         # The best of noisy means lies below what is usual, by more the smaller the batch.
-        if short > self.best_short + max(_DIVERGED_NATS, 3 * spread):
+        bar = self.best_short + max(_DIVERGED_NATS, 3 * spread)
+        # A single bad batch lifts the mean, but not the median.
+        if min(short, statistics.median([*self.recent, loss][-_RECENT:])) > bar:
             evidence = {"mean loss": short, "best": self.best_short}
             return Trigger("divergence", step, step - self.above - _SHORT, 3, evidence)
         if not active:

@@ -254,7 +254,7 @@ class Keeper:
             if self.ladder.next(unit, **how):
                 raised[unit] = self.ladder.climb(unit, step, **how)
         # Where nothing is broken yet and the fallback is no better, more may be raised than that.
-        too_many = self.ladder.share_raised() > self.budget.raised
+        too_many = self.ladder.share_high() > self.budget.raised
         if too_many and (trigger.kind != "numeric" or self.ladder.would_gain(FALLBACK)):
             return self._fall_back(trigger, verdict)
         self.host.apply(self.ladder.policy())

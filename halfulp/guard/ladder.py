@@ -18,6 +18,7 @@ from halfulp.recipe import OPERANDS, Recipe
 
 RUNGS = ("nvfp4_all", "mxfp8", "te_current", "bf16_amp", "fp32")
 FALLBACK = "bf16_amp"
+HIGH = 16  # bits from which a unit counts as one of high precision
 LOCK = 500  # steps that a raised unit stays where it is; doubled each time it is raised again
 STRIKES = 3  # after so many it stays for good
 _HALF = "_forward_"  # between the recipes of the backward and of the forward pass
@@ -131,13 +132,25 @@ class Ladder:
             if not any(_is_higher(up, down, roles) for up, down in zip(raised, own, strict=True)):
                 self.stands[unit].climbs = []
 
-    def share_raised(self) -> float:
-        """Share of the units with a GEMM that stand above their own recipe."""
+    def share_high(self) -> float:
+        """Share of the units with a GEMM that have been raised to 16 bits or more.
+
+        A unit that has climbed to another recipe of 8 bits still runs in low precision.
+        """
         if self.fallback:
             return 1.0
-        with_gemm = {unit for unit in self.units.names if self._roles(unit)}
-        raised = {unit for unit, stand in self.stands.items() if stand.climbs}
-        return len(raised & with_gemm) / max(1, len(with_gemm))
+        with_gemm = [unit for unit in self.units.names if self._roles(unit)]
+        climbed = [u for u in with_gemm if self.stands.get(u, Stand()).climbs]
+        return sum(self._bits(unit) >= HIGH for unit in climbed) / max(1, len(with_gemm))
+
+    def _bits(self, unit: str) -> int:
+        """Bits of the weakest operand in a unit's forward pass, as it stands."""
+        specs = [
+            self._at(unit, block).gemms[role]
+            for block in self.units.blocks[unit]
+            for role in self._roles(unit)
+        ]
+        return min(q.format.bits for spec in specs for q in (spec.fprop_x, spec.fprop_w))
 
     def map(self) -> dict[str, str]:
         """The precision map: the recipe of every block."""

@@ -136,7 +136,7 @@ class GuardSection:
     save_snapshots: bool = True  # in checkpoints, so that a resumed run can go back as far
     rollbacks: int = 8  # within 10 000 steps
     wasted: float = 0.05  # steps withheld or rolled back; the first rollback is free
-    raised: float = 0.3  # of the blocks; above it the whole model falls back to bf16_amp
+    raised: float = 0.3  # blocks raised to 16 bits or more; above it all fall back to bf16_amp
     attribution: float = 0.02  # passes that look for the culprit
 
 

@@ -264,6 +264,7 @@ class SessionGuard:
         self.numeric, self.looks = Numeric(), Looks(session, blocks)
         self._logits: list[float] = []  # logarithms of their sharpness, oldest first
         self._pending: list[Reading] = []
+        self._expected: tuple[int, Pass | None] = 0, None  # step, and what it must give
         self._index: tuple[list[str], Tensor] | None = None
 
     def begin(self) -> None:
@@ -280,7 +281,20 @@ class SessionGuard:
 
     def judge(self, step: int, seen: Pass) -> Trigger | None:
         """Whether the (1-based) step is held."""
-        return self.keeper.judge(step, seen)
+        trigger, other = self.keeper.judge(step, seen), self._irreproducible(step, seen)
+        # A weight that has jumped explains other bits.
+        return trigger if trigger is not None and trigger.kind == "weight" else other or trigger
+
+    def _irreproducible(self, step: int, seen: Pass) -> Trigger | None:
+        """Whether a step gave other bits than its rehearsal, where kernels are deterministic."""
+        (expected, before), self._expected = self._expected, (0, None)
+        same = before is None or (before.loss, before.norm) == (seen.loss, seen.norm)
+        finite = math.isfinite(seen.loss) and math.isfinite(seen.norm)
+        if expected != step or same or not finite or not self.host.deterministic:
+            return None
+        evidence = {"loss": seen.loss, "norm": seen.norm}
+        evidence |= {"loss before": before.loss, "norm before": before.norm}
+        return Trigger("irreproducible", step, step, 1, evidence)
 
     def respond(self, trigger: Trigger, seen: Pass) -> Incident:
         """Attribute and act; the session is afterwards where it is to go on."""
@@ -330,7 +344,8 @@ class SessionGuard:
         s, errors = self.session, {}
         if s.step % SHADOW or not s.precision.handle.sites:
             return []
-        self.host.replay(keep=True)
+        # The step that comes next computes the same: its result is known.
+        self._expected = s.step + 1, self.host.replay(keep=True)
         reference = self.host.replay(off=ALL, compare=True)
         self.keeper.spent.shadows += 2.0
         for unit, difference in reference.differences.items():
@@ -444,6 +459,7 @@ class SessionGuard:
         return tuple(ends)
 
     def _report(self, incident: Incident) -> None:
+        self._expected = 0, None
         ladder = self.ladder
         self.session.emit("guard", **incident.fields(), map=ladder.map(), above=ladder.above())
 

@@ -196,7 +196,7 @@ def test_guilty_precision_is_raised_and_the_batch_repeated():
 
 
 def test_too_many_raised_units_make_the_whole_model_fall_back():
-    scene = Scene(raised=0.1, wasted=1.0)
+    scene = Scene(raised=0.1, wasted=1.0, recipe="mask_e8m1")
     ffns = [f"layers.{i}.ffn" for i in range(6)]
     actions = []
     for i, unit in enumerate(ffns):

@@ -158,11 +158,20 @@ def test_trouble_of_storage_is_answered_by_better_storage(unit):
 def test_a_block_without_a_gemm_does_not_count_among_the_raised():
     found = ladder("bf16_pure")
     found.climb("layers.0.norm", 0, storage=True)
-    assert found.share_raised() == 0
+    assert found.share_high() == 0
     with_gemm = {g.block for g in found.blocks.gemms}
     found.climb("layers.0.qk", 0)
-    assert found.share_raised() == pytest.approx(1 / len(with_gemm))
+    assert found.share_high() == pytest.approx(1 / len(with_gemm))
     assert found.is_raised
+
+
+def test_a_block_of_8_bits_is_not_of_high_precision_until_it_has_16():
+    found, unit = ladder("fp8_unscaled"), "layers.0.ffn"
+    assert found.climb(unit, 0) == "te_current"
+    assert found.is_raised
+    assert found.share_high() == 0
+    found.climb(unit, 0)
+    assert found.share_high() > 0
 
 
 def test_locks_double_and_the_third_strike_is_for_good():
@@ -258,7 +267,7 @@ def test_the_fallback_is_the_whole_model():
     found.fallback = "bf16_amp"
     assert {d.name for _, d, *_ in decided(found).gemms} == {"bf16_amp"}
     assert set(found.map().values()) == {"bf16_amp"}
-    assert found.share_raised() == 1
+    assert found.share_high() == 1
     assert found.next("layers.0.ffn") == found.climb("layers.0.ffn", 0) == ""
     assert not found.would_gain("bf16_amp")
 
