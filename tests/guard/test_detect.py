@@ -139,6 +139,6 @@ def test_a_new_phase_forgets_the_windows_only():
     assert detector.seen == 200
     assert detector.judge(201, math.nan, 1.0).kind == "nonfinite"
     assert detector.judge(201, 6.0, 1.0) is None  # a single one is no divergence
-    for step in (201, 202):
+    for _ in range(2):
         detector.accept(6.0, 1.0, {})
     assert detector.judge(203, 6.0, 1.0).kind == "divergence"
