@@ -288,9 +288,10 @@ class SessionGuard:
     def _irreproducible(self, step: int, seen: Pass) -> Trigger | None:
         """Whether a step gave other bits than its rehearsal, where kernels are deterministic."""
         (expected, before), self._expected = self._expected, (0, None)
-        same = before is None or (before.loss, before.norm) == (seen.loss, seen.norm)
+        if before is None or expected != step or not self.host.deterministic:
+            return None
         finite = math.isfinite(seen.loss) and math.isfinite(seen.norm)
-        if expected != step or same or not finite or not self.host.deterministic:
+        if not finite or (before.loss, before.norm) == (seen.loss, seen.norm):
             return None
         evidence = {"loss": seen.loss, "norm": seen.norm}
         evidence |= {"loss before": before.loss, "norm before": before.norm}
