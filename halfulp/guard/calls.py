@@ -29,6 +29,7 @@ class Call:
     time: tuple[int, int]  # step and micro-batch of the quantizers' clock
     scales: Scales
     loss: Tensor | None = None  # the `loss` of the output, where it has one
+    ended: bool = False  # False: an exception left it
 
 
 class Recorder:
@@ -46,9 +47,9 @@ class Recorder:
         ]
 
     def take(self) -> list[Call]:
-        """The calls since the last `take`."""
+        """The calls since the last `take` that came to an end."""
         calls, self.calls = self.calls, []
-        return calls
+        return [call for call in calls if call.ended]
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -76,8 +77,9 @@ class Recorder:
 
     def _after(self, model: nn.Module, args: object, output: object) -> None:
         loss = loss_in(output)
-        if self._listening and self.calls and loss is not None:
-            self.calls[-1].loss = loss.detach()
+        if self._listening and self.calls:
+            self.calls[-1].ended = True
+            self.calls[-1].loss = None if loss is None else loss.detach()
 
 
 def loss_in(output: object) -> Tensor | None:

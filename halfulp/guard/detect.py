@@ -153,7 +153,7 @@ class Detector:
     ) -> None:
         """Take a step that was made into the windows and means; `weights` as `jump` had them."""
         for name, value in (weights or {}).items():
-            if name in self.weights:
+            if self.weights.get(name):  # what has just left zero doubles at first
                 moved = self.moved.get(name, 0.0) * (1 - 1 / WINDOW)
                 self.moved[name] = max(moved, self._change(name, value))
             self.weights[name] = value
@@ -195,9 +195,9 @@ class Detector:
                 setattr(self, key, kind(value) if kind in (list, dict) else value)
 
     def _change(self, name: str, value: float) -> float:
-        """How far the logarithm of a weight's norm has moved since the last step."""
+        """How far the logarithm of a weight's norm has moved since the last step; 0 from zero."""
         before = self.weights.get(name)
-        return 0.0 if before is None else abs(_log(value) - _log(before))
+        return abs(_log(value) - _log(before)) if before else 0.0
 
     def _slow(self, step: int, loss: float) -> Trigger | None:
         """Sustained worsening and divergence: of the mean that this step would give."""

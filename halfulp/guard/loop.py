@@ -21,6 +21,7 @@ from halfulp.guard.host import Pass
 from halfulp.guard.keeper import BACK, RETRY, STOP, Incident, Keeper
 from halfulp.guard.loop_setup import (
     check_arguments,
+    check_loss,
     digest_of,
     ladder_of,
     restorable,
@@ -29,7 +30,7 @@ from halfulp.guard.loop_setup import (
 )
 from halfulp.guard.own_loop import LoopHost, LossOf, local, unwrapped
 from halfulp.guard.ring import EVERY, KEPT, Ring, Snapshot, check_memory
-from halfulp.guard.rules import Finding, Numeric, readings_of
+from halfulp.guard.rules import YOUNG, Finding, Numeric, readings_of
 from halfulp.optim import AdamW
 from halfulp.policy import Policy
 
@@ -369,7 +370,7 @@ class Guard:
 
     def _look(self, step: int) -> None:
         """Numeric rules on what the quantizers and a halfulp.AdamW have counted."""
-        if self.handle is None:
+        if self.handle is None or step < YOUNG:
             return
         rows, optimizer, counting = self.handle.stale(), [], self.handle.clock.counting
         if counting:
@@ -411,6 +412,7 @@ class Guard:
         """The loss of the step, fp64 on the device."""
         device = self._host.device
         if loss is not None:
+            check_loss(loss)
             return torch.as_tensor(loss, dtype=torch.float64, device=device).detach()
         losses = [call.loss for call in calls if call.loss is not None]
         if len(losses) < len(calls):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from halfulp.blocks import block_map
 from halfulp.errors import ConfigError, PolicyError
@@ -94,15 +94,28 @@ def check_arguments(budget: Budget, steps: int, every: int, kept: int) -> None:
             )
 
 
+def check_loss(loss: object) -> None:
+    """ConfigError for what is not the loss of one step."""
+    one = loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, int | float)
+    if not one:
+        found = f"{list(loss.shape)} values" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ConfigError(
+            f"guard.step takes one number, the loss of the step, and was given {found}. Give the "
+            "mean over its tokens and micro-batches, or nothing where the outputs have a loss."
+        )
+
+
 def unlike(seen: Pass, again: Pass, count: int) -> str:
     """Why the first step could not be repeated."""
     return (
         f"the guard has done the step a second time and has found something else: loss "
         f"{again.loss:.6g} and gradient norm {again.norm:.6g}, where the loop has loss "
-        f"{seen.loss:.6g} and norm {seen.norm:.6g} ({count} micro-batches). It must be able to do "
-        "a step again. Call guard.step before gradients are clipped and after they are unscaled; "
-        "give it the mean loss of the micro-batches; and where the loss is not the one in the "
-        "model's output, give halfulp.Guard(…, loss=…)."
+        f"{seen.loss:.6g} and norm {seen.norm:.6g} ({count} micro-batches: all forward passes in "
+        "training mode since the last guard.step). It must be able to do a step again. Call "
+        "guard.step before gradients are clipped and after they are unscaled; give it the mean "
+        "loss of the micro-batches; make passes of no step (validation) under torch.no_grad(); use "
+        "no optimizer that takes a closure; and where the loss is not the one in the model's "
+        "output, give halfulp.Guard(…, loss=…)."
     )
 
 

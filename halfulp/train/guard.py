@@ -19,7 +19,7 @@ from halfulp.guard.host import ALL, Pass
 from halfulp.guard.keeper import Incident, Keeper
 from halfulp.guard.ladder import FALLBACK, Ladder
 from halfulp.guard.ring import Ring, Snapshot, check_memory
-from halfulp.guard.rules import Finding, Numeric, Reading, readings_of
+from halfulp.guard.rules import YOUNG, Finding, Numeric, Reading, readings_of
 from halfulp.guard.units import Units
 from halfulp.policy import Policy
 from halfulp.site import histories
@@ -39,7 +39,6 @@ from halfulp.train.step import (
     place_of_loss,
 )
 
-YOUNG = 20  # steps before which numeric rules say nothing
 SHADOW = 250  # steps between two comparisons of all gradients with the reference ones
 _KNOWN, _REMEMBERED = 8, 32  # measurements of the logits' sharpness
 _LEAST_SPREAD = 0.05
@@ -311,7 +310,7 @@ class SessionGuard:
     def check(self, gemms: list[dict[str, Any]], optimizer: list[dict[str, Any]]) -> None:
         """After every step: numeric rules on what was counted in it, then descents."""
         s = self.session
-        if s.step < YOUNG:  # histories and moments are still filling
+        if s.step < YOUNG:
             return
         readings = readings_of(s.precision.handle.stale())
         readings += readings_of(map(shares, gemms), map(shares, optimizer))
