@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 WINDOW = 128  # accepted steps that a new one is compared with
@@ -87,6 +88,7 @@ class Detector:
     long: float = math.nan  # the same, slower
     best_long: float = math.inf
     best_short: float = math.inf
+    noise: float = 0.0  # standard deviation of the loss before this phase
     above: int = 0  # steps in a row that were above the long mean
     spikes: list[int] = field(default_factory=list)  # steps
     units: dict[str, float] = field(default_factory=dict)  # mean gradient norm per unit
@@ -178,6 +180,7 @@ class Detector:
 
     def begin_phase(self) -> None:
         """Forget the windows: the learning rate has entered another phase."""
+        self.noise = _noise(self.loss.values) or self.noise
         self.loss.values, self.norm.values, self.above = [], [], 0
 
     def state(self) -> dict[str, Any]:
@@ -205,7 +208,7 @@ class Detector:
             return None
         short = _mean(self.short, loss, _SHORT)
         active = len(self.loss.values) >= ACTIVE  # not where a phase has just begun
-        spread = self.loss.scale()[1] if active else 0.0
+        spread = self.loss.scale()[1] if active else max(self.noise, _noise(self.loss.values))
         # The best of noisy means lies below what is usual, by more the smaller the batch.
         bar = self.best_short + max(_DIVERGED_NATS, 3 * spread)
         # A single bad batch lifts the mean, but not the median.
@@ -224,6 +227,12 @@ class Detector:
 
 def _mean(mean: float, value: float, span: int) -> float:
     return value if math.isnan(mean) else mean + (value - mean) * 2 / (span + 1)
+
+
+def _noise(losses: list[float]) -> float:
+    """Robust standard deviation of losses about their trend, from differences; 0 of too few."""
+    steps = [abs(b - a) for a, b in pairwise(losses)]
+    return 1.4826 * statistics.median(steps) / math.sqrt(2) if len(steps) >= _SHORT else 0.0
 
 
 def _log(norm: float) -> float:

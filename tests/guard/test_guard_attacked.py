@@ -1,6 +1,7 @@
 """Loops that are unusual and healthy, and loops that are wrong."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -21,8 +22,29 @@ def test_a_matrix_that_begins_at_zero_does_not_jump_when_it_begins_to_learn():
         assert detector.jump(101, {"adapter": norm, "w": 3.0}) is None
         detector.accept(2.0, 1.0, {}, {"adapter": norm, "w": 3.0})
     # That it came from zero does not blind the guard to what follows.
-    assert detector.jump(104, {"adapter": 1.0, "w": 3.0})[1] == "adapter"
-    assert detector.jump(104, {"adapter": math.nan, "w": 3.0})[1] == "adapter"
+    for norm in (1.0, math.nan):
+        found = detector.jump(104, {"adapter": norm, "w": 3.0})
+        assert found is not None
+        assert found[1] == "adapter"
+
+
+@pytest.mark.parametrize(("noise", "diverges"), [(0.02, True), (0.5, False)])
+def test_where_a_phase_has_begun_a_divergence_is_measured_in_the_noise_before(noise, diverges):
+    # In small batches the best of noisy means lies half a nat below what is usual.
+    detector, chance, kinds = Detector(), random.Random(0), []
+    for step in range(100):
+        detector.accept(2 + 3 * 0.8**step + noise * chance.gauss(0, 1), 1.0, {})
+    detector.begin_phase()
+    # The descent of the first steps, a quarter of them, may make it half as large again.
+    assert noise / 2 < detector.noise < noise * 2
+    detector.best_short = 1.6
+    for step in range(101, 160):
+        loss = 2.4 + noise * chance.gauss(0, 1)
+        found = detector.judge(step, loss, 1.0)
+        kinds += [found.kind] if found else []
+        detector.accept(loss, 1.0, {})
+    assert ("divergence" in kinds) == diverges
+    assert detector.state()["noise"] == detector.noise
 
 
 def test_scales_that_grow_from_zero_in_the_first_steps_are_no_incident(monkeypatch):
