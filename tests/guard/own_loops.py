@@ -16,10 +16,10 @@ ROWS, LENGTH, VOCAB = 4, 16, 64
 
 
 def act_early(monkeypatch: Any) -> None:
-    """Windows are active after 24 steps, numeric rules after 4, so that tests are short."""
+    """Windows are active after 24 steps, numeric rules after 2, so that tests are short."""
     monkeypatch.setattr(detect, "ACTIVE", 24)
     monkeypatch.setattr(loop, "ACTIVE", 24)
-    monkeypatch.setattr(loop, "YOUNG", 4)
+    monkeypatch.setattr(loop, "YOUNG", 2)
 
 
 def batches(count: int, *, seed: int = 1, rows: int = ROWS) -> list[Tensor]:
