@@ -10,6 +10,7 @@ from test_guard_resume import HEAD, MATRIX, actions, events, facts, tensors
 
 from halfulp.guard.faults import BadBatch, ScaledWeight
 from halfulp.run import Run
+from halfulp.train import guard
 from halfulp.train.loop import config_of, train
 
 BAD, WORSE, STEPS = 80, 86, 90
@@ -65,14 +66,19 @@ def same(path: Path, other: Path) -> None:
     assert mine["guard"]["keeper"]["spent"] == its["guard"]["keeper"]["spent"]
 
 
+def act_early(_rank: int) -> None:
+    guard.YOUNG = 0
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_a_block_is_raised_on_every_process(make_config, parallel):
+def test_a_block_is_raised_on_every_process(make_config, parallel, monkeypatch):
+    monkeypatch.setattr(guard, "YOUNG", 0)
     options = OPTIONS | {"steps": 20, "count_every": 5, "rows": 2}
     given = {"policy": {"recipe": "fp8_unscaled"}, "guard": GUARD, "sharpness": {"every": 0}}
     one = make_config("one", train=options | {"accumulate": 2, "parallel": parallel}, **given)
     two = make_config("two", train=options | {"parallel": parallel}, **given)
     alone = train(one).path
-    assert train_together(two.to_dict()) == ["finished"] * 2
+    assert train_together(two.to_dict(), prepare=act_early) == ["finished"] * 2
     path = Path(two.run.out)
     told = [[e["raised"] for e in events(p) if e["event"] == "guard"] for p in (alone, path)]
     assert told[0] == told[1] != []

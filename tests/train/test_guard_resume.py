@@ -15,6 +15,7 @@ from test_train_kill import count, wait_for
 from halfulp.guard.faults import BadBatch, ScaledWeight
 from halfulp.guard.flip_back import FlipBack
 from halfulp.run import Run
+from halfulp.train import guard
 from halfulp.train.loop import config_of, train
 
 BAD, WORSE = 80, 92  # steps of a batch of noise, and of a broken matrix
@@ -69,8 +70,9 @@ SLOW = pytest.param("te_delayed", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("recipe", ["fp8_unscaled", "bf16_weights_sr", SLOW])
-def test_every_checkpoint_continues_the_run_bit_by_bit(make_config, recipe):
+def test_every_checkpoint_continues_the_run_bit_by_bit(make_config, recipe, monkeypatch):
     """Before any incident or in a lock, after a rollback, and long after it."""
+    monkeypatch.setattr(guard, "YOUNG", 0)
     config = make_config("whole", policy={"recipe": recipe}, train=OPTIONS, guard=GUARD)
     whole = train(config, faults=faults()).path
     done = actions(whole)
