@@ -22,6 +22,7 @@ from halfulp.guard.keeper import BACK, RETRY, STOP, Incident, Keeper
 from halfulp.guard.loop_setup import (
     check_arguments,
     check_loss,
+    check_optimizer,
     digest_of,
     ladder_of,
     restorable,
@@ -129,6 +130,7 @@ class Guard:
         if self.optimizer is not None:
             raise ConfigError("this guard has an optimizer already. Make one guard per optimizer.")
         host = self._host
+        check_optimizer(optimizer, self.model)
         self.optimizer = host.optimizer = optimizer
         host.also = [restorable(o) for o in also]
         host.note_loaders()
@@ -180,6 +182,14 @@ class Guard:
         seen = host.as_pass(values)
         return self._decide(seen, late if isinstance(late, Trigger) else None)
 
+    def forget(self) -> None:
+        """Drop the forward passes since the last step: the loop gives this step up.
+
+        For loops that catch an error (out of memory, say) between forward and backward pass.
+        """
+        self._host.recorder.take()
+        self._host.forget()
+
     @property
     def model(self) -> nn.Module:
         """The guarded model, without what wraps it."""
@@ -227,7 +237,7 @@ class Guard:
 
         Raises RunError if the guard was saved under another policy.
         """
-        if state["policy"] != digest_of(self._ladder.base):
+        if state.get("policy") != digest_of(self._ladder.base):
             raise RunError(
                 "the saved guard belongs to another policy. Give halfulp.Guard the policy of the "
                 "saved run, or begin with a new guard."

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from halfulp.blocks import block_map
@@ -132,3 +133,13 @@ def stopped(incident: Incident) -> str:
         f"{trigger}; its verdict is {verdict.kind}{units}. Nothing of that step was updated; model "
         f"and optimizer are as they were before it. {cure} guard.incidents tells what happened."
     )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """ConfigError for an optimizer that trains nothing of the guarded model."""
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError(
+            "the optimizer holds no parameter of the guarded model. Give the optimizer of this "
+            "model, made after the model was sharded or moved."
+        )

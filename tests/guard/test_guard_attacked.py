@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from own_loops import Loop, act_early, batches, llama, loss_of, model_trained
+from own_loops import Loop, act_early, batches, llama, loss_of, model_trained, same
 from torch import nn
 
 import halfulp
@@ -110,3 +110,21 @@ def test_a_loop_whose_rate_is_zero_at_first_and_its_matrix_too(monkeypatch):
                 next(p for p in loop.model.parameters() if p.ndim >= 2).zero_()
 
     assert not Loop(before=freed).run(batches(32)).events
+
+
+def test_a_step_that_the_loop_gives_up_is_forgotten():
+    given_up, plain = Loop(policy="te_delayed"), Loop(policy="te_delayed")
+    text = batches(4)
+    for batch in text[:2]:
+        given_up.step([batch])
+        plain.step([batch])
+    loss_of(given_up.model, text[2])
+    given_up.guard.forget()
+    given_up.step([text[3]])
+    plain.step([text[3]])
+    assert same(given_up.state(), plain.state())
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    with pytest.raises(ConfigError, match="no parameter of the guarded model"):
+        halfulp.Guard(llama(), torch.optim.SGD(llama().parameters(), lr=0.1))
