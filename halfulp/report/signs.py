@@ -134,7 +134,7 @@ def _looks(events: Sequence[Event], incident: int, vocab: int) -> Iterator[tuple
                     event["step"], event["value"], event["threshold"], event["place"], warned=True
                 ),
             )
-    noise = RULE["gradient_noise"].act or 0.0
+    noise = RULE["gradient_noise"].warn or math.inf
     for event in latest["gradient_error"]:
         for unit, error in event["units"].items():
             yield ("gradient_noise", unit), Look(int(event["step"]), error, noise)
