@@ -391,6 +391,7 @@ class SessionGuard:
     def enter_stage(self) -> None:
         """A stage of the schedule begins: raised blocks stay raised where that is still higher."""
         s = self.session
+        self._expected = 0, None  # the rehearsal was in the arithmetic of the stage before
         self.ladder.rebase(s.precision.policies[s.precision.stage])
         if self.ladder.is_raised:
             s.precision.put(self.ladder.policy())

@@ -28,3 +28,13 @@ def test_a_healthy_run_is_rehearsed_without_an_incident(make_config, often):
     config = make_config(train={"steps": 24, "count_every": 6}, policy={"recipe": "nvfp4_all"})
     train(config)
     assert all(trigger != "irreproducible" for _, trigger, _ in incidents(config.run.out))
+
+
+def test_a_stage_that_begins_after_a_rehearsal_is_no_other_result(make_config, often):
+    schedule = [{"until": 20 / 24, "recipe": "nvfp4_all"}]
+    config = make_config(
+        train={"steps": 24, "count_every": 0},
+        policy={"recipe": "te_current", "schedule": schedule},
+    )
+    train(config)
+    assert incidents(config.run.out) == []
