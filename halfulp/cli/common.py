@@ -4,8 +4,10 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from halfulp.errors import ConfigError
 
@@ -99,3 +101,28 @@ class Steps:
         if self.status is not None or now - self._said > _SECONDS_BETWEEN_LINES:
             self._said = now
             self.say(what)
+
+
+def overrides_of(named: Mapping[str, Mapping[str, Any]], pairs: list[str]) -> dict[str, Any]:
+    """Nested overrides from the named flags and from `section.key=value` pairs."""
+    given = {
+        section: {key: value for key, value in flags.items() if value is not None}
+        for section, flags in named.items()
+    }
+    if len(given["policy"]) == 1:  # one of recipe and file replaces whichever the TOML file has
+        given["policy"] = {"recipe": "", "file": ""} | given["policy"]
+    for pair in pairs:
+        path, equals, text = pair.partition("=")
+        section, dot, key = path.strip().partition(".")
+        if not (equals and dot and key):
+            raise ConfigError(f"--set {pair!r} is not understood. Write section.key=value.")
+        given.setdefault(section, {})[key] = _value(text.strip())
+    return {section: flags for section, flags in given.items() if flags}
+
+
+def _value(text: str) -> Any:
+    """`text` read as a TOML value, or as a string where it is none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfulp.cli.common import check_outputs, quiet_transformers, words
+from halfulp.cli.common import check_outputs, overrides_of, quiet_transformers, words
 from halfulp.cli.show import print_table
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ def drill(
     if the guard misses a requirement.
     """
     from halfulp.cli.progress import Progress
-    from halfulp.cli.train import _overrides
     from halfulp.train.drill import config_of_drill
     from halfulp.train.drill import drill as run
 
@@ -63,7 +62,7 @@ def drill(
         "train": {"steps": steps, "seed": seed},
         "run": {"out": str(out) if out else None},
     }
-    config = config_of_drill(_overrides(named, set_ or []), quick=quick)
+    config = config_of_drill(overrides_of(named, set_ or []), quick=quick)
     names = None if faults is None else words("--faults", faults)
     check_outputs({"--json": json_}, force=force)
     quiet_transformers()

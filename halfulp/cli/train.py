@@ -2,14 +2,12 @@
 
 import math
 import os
-import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfulp.cli.common import quiet_transformers
+from halfulp.cli.common import overrides_of, quiet_transformers
 from halfulp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,7 +64,7 @@ def train(
         "guard": {"on": guard},
         "run": {"out": out},
     }
-    overrides = _overrides(named, set_ or [])
+    overrides = overrides_of(named, set_ or [])
     if from_step is not None and resume is None:
         raise ConfigError("--from-step belongs to --resume. Give the run directory there.")
     if resume is None:
@@ -103,31 +101,6 @@ def _new(path: Path | None, overrides: dict[str, Any]) -> "TrainConfig":
     from halfulp.train.config import load_config
 
     return load_config({} if path is None else path, overrides)
-
-
-def _overrides(named: Mapping[str, Mapping[str, Any]], pairs: list[str]) -> dict[str, Any]:
-    """Nested overrides from the named flags and from `section.key=value` pairs."""
-    given = {
-        section: {key: value for key, value in flags.items() if value is not None}
-        for section, flags in named.items()
-    }
-    if len(given["policy"]) == 1:  # one of recipe and file replaces whichever the TOML file has
-        given["policy"] = {"recipe": "", "file": ""} | given["policy"]
-    for pair in pairs:
-        path, equals, text = pair.partition("=")
-        section, dot, key = path.strip().partition(".")
-        if not (equals and dot and key):
-            raise ConfigError(f"--set {pair!r} is not understood. Write section.key=value.")
-        given.setdefault(section, {})[key] = _value(text.strip())
-    return {section: flags for section, flags in given.items() if flags}
-
-
-def _value(text: str) -> Any:
-    """`text` read as a TOML value, or as a string where it is none."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def _train(

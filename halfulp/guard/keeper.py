@@ -14,7 +14,7 @@ Trouble of the same kind at the same place is answered one rung higher each time
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from halfulp.guard.detect import Detector, Trigger
 from halfulp.guard.host import Host, Pass
 from halfulp.guard.ladder import FALLBACK, Ladder
 from halfulp.guard.ring import Ring, Snapshot
+from halfulp.guard.rules import STORAGE, Finding, Numeric
 
 ROLLBACK = 100  # steps before the onset to which a run goes back
 MEMORY = 1000  # steps in which trouble at the same place is answered one rung higher
@@ -160,6 +161,37 @@ class Keeper:
             verdict = self._attribute(trigger, None, free)
             verdict = _only(verdict, free)
         return self._book(self._raise(trigger, verdict, 0, RAISE, **how))
+
+    def heed(self, step: int, findings: Iterable[Finding], numeric: Numeric) -> bool:
+        """Raise the units that findings of the level "act" name; whether there were any.
+
+        Rules on storage and on GEMMs are answered apart: another rung may be the next for each.
+        """
+        acts = [finding for finding in findings if finding.level == "act"]
+        for storage in (False, True):
+            chosen = [f for f in acts if (f.rule in STORAGE) == storage]
+            if chosen:
+                self._heed(step, chosen, numeric, storage=storage)
+        return bool(acts)
+
+    def _heed(
+        self, step: int, findings: Sequence[Finding], numeric: Numeric, *, storage: bool
+    ) -> None:
+        units, suspects = self.ladder.units, dict[str, float]()
+        for f in findings:
+            over = f.value / f.threshold if f.threshold else math.inf
+            unit = units.of[f.block]
+            suspects[unit] = max(over, suspects.get(unit, 0.0))
+        incident = self.check(
+            step,
+            suspects,
+            storage=storage,
+            backward=any(f.backward for f in findings),
+            signals={f"{f.rule} of {f.place}": f.value for f in findings},
+        )
+        for unit in incident.raised if incident else ():
+            for block in units.blocks.get(unit, units.of):
+                numeric.forget(block)
 
     def descend(self, step: int) -> Incident | None:
         """Bring one unit whose lock has run out down a rung, if a shadow run says that it holds."""

@@ -31,14 +31,13 @@ from halfulp.guard.loop_setup import (
 )
 from halfulp.guard.own_loop import LoopHost, LossOf, local, unwrapped
 from halfulp.guard.ring import EVERY, KEPT, Ring, Snapshot, check_memory
-from halfulp.guard.rules import YOUNG, Finding, Numeric, readings_of
+from halfulp.guard.rules import YOUNG, Numeric, readings_of
 from halfulp.optim import AdamW
 from halfulp.policy import Policy
 
 LOG = logging.getLogger("halfulp.guard")
 COUNT_EVERY = 25  # steps between two looks at the counters of the quantizers
 MOST_SKIPS = 40  # steps in a row that a loss scaler may skip
-_STORAGE = ("lost_updates", "v_underflow")  # rules on how weights and moments are stored
 _SAME = 1e-3  # relative difference at most between a step and its rehearsal
 
 
@@ -393,28 +392,8 @@ class Guard:
             self.optimizer.count(counting)
         readings = readings_of(rows, optimizer)
         findings = self._numeric.observe(step, readings)
-        acts = [finding for finding in findings if finding.level == "act"]
-        for storage in (False, True):
-            self._raise(step, [f for f in acts if (f.rule in _STORAGE) == storage], storage)
-
-    def _raise(self, step: int, findings: list[Finding], storage: bool) -> None:
-        of, suspects = self._host.units.of, dict[str, float]()
-        for f in findings:
-            over = f.value / f.threshold if f.threshold else math.inf
-            suspects[of[f.block]] = max(over, suspects.get(of[f.block], 0.0))
-        if not findings:
-            return
-        incident = self._keeper.check(
-            step,
-            suspects,
-            storage=storage,
-            backward=any(f.backward for f in findings),
-            signals={f"{f.rule} of {f.place}": f.value for f in findings},
-        )
-        for unit in incident.raised if incident else ():
-            for block in self._host.units.blocks.get(unit, self._host.units.of):
-                self._numeric.forget(block)
-        self._host.set_mark()
+        if self._keeper.heed(step, findings, self._numeric):
+            self._host.set_mark()
 
     # Between the loop and the keeper.
 

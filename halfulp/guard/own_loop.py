@@ -9,7 +9,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from halfulp.guard.calls import (
 )
 from halfulp.guard.host import ALL, Pass
 from halfulp.guard.ladder import Ladder
+from halfulp.guard.replay import compared, differing, outputs
 from halfulp.guard.ring import Snapshot
 from halfulp.optim import AdamW
 from halfulp.optim.groups import storage_formats
@@ -94,15 +94,17 @@ class LoopHost:
                 loss = self.over_processes(self.total(losses).reshape(1))
                 return Pass(loss.item(), math.nan)
             found = self.as_pass(self.measure(self.run(calls)))
+            gradients = self._gradients()
             if keep:
-                self.kept = [gradient.clone() for _, gradient in self._gradients()]
-            return self._compared(found) if compare else found
+                self.kept = [gradient.clone() for _, gradient in gradients]
+            if not compare:
+                return found
+            return compared(found, self.units, gradients, self.kept, self._add)
 
     def differing_unit(self) -> str:
         with self._untouched():
             runs = [self._outputs() for _ in range(2)]
-        names = [n for n, value in runs[0].items() if not torch.equal(value, runs[1][n])]
-        return self._unit_of(names[:1])
+        return self._unit_of(differing(runs)[:1])
 
     def broken_unit(self) -> str:
         with self._untouched():
@@ -368,42 +370,15 @@ class LoopHost:
             self._index = names, torch.tensor(places, device=self.device)
         return self._index[1]
 
-    def _compared(self, found: Pass) -> Pass:
-        """With what separates the gradient from the kept one, unit by unit."""
-        rows = torch.zeros(len(self.units.names), 3, dtype=torch.float64, device=self.device)
-        for (name, new), old in zip(self._gradients(), self.kept, strict=True):
-            a, b = new.double(), old.double()
-            three = torch.stack([(a - b).square().sum(), (a * b).sum(), b.square().sum()])
-            rows[self.units.names.index(self.units.parameters[name])] += three
-        zero = torch.zeros(1, dtype=torch.float64, device=self.device)
-        sums = self.over_processes(torch.cat([zero, rows.flatten()]))[1:].view(-1, 3).tolist()
-        differences, cosines = {}, {}
-        for unit, (square, dot, old) in zip(self.units.names, sums, strict=True):
-            norm = found.units[unit] * math.sqrt(old) if old >= 0 else math.nan
-            differences[unit] = math.sqrt(square) if square >= 0 else math.nan
-            cosines[unit] = dot / norm if norm else 0.0
-        return replace(found, differences=differences, cosines=cosines)
+    def _add(self, rows: Tensor) -> Tensor:
+        """Sums of squares [units, 3] over whole tensors."""
+        values = torch.cat([rows.new_zeros(1), rows.flatten()])
+        return self.over_processes(values)[1:].view(rows.shape)
 
     def _outputs(self) -> dict[str, Tensor]:
         """The output of every leaf module in a forward pass of the first call."""
-        outputs: dict[str, Tensor] = {}
-
-        def keeper(name: str) -> Callable[..., None]:
-            def hook(module: object, inputs: object, output: object) -> None:
-                if isinstance(output, Tensor) and name not in outputs:
-                    outputs[name] = output.detach().clone()
-
-            return hook
-
-        leaves = [(n, m) for n, m in self.bare.named_modules() if n and not list(m.children())]
-        hooks = [m.register_forward_hook(keeper(n)) for n, m in leaves]
-        try:
-            with self._plain(()), torch.no_grad():
-                self._again(self.now[0])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return outputs
+        with self._plain(()), torch.no_grad():
+            return outputs(self.bare, lambda: self._again(self.now[0]))
 
     def _unit_of(self, modules: list[str]) -> str:
         """The unit of the first module that any process names."""

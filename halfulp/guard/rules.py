@@ -42,6 +42,7 @@ class Rule:
         return max(passed, default=None)
 
 
+STORAGE = ("lost_updates", "v_underflow")  # rules on how weights and moments are stored
 YOUNG = 20  # steps before which the rules say nothing: histories and moments still fill
 _CLIPPED = "current scaling, finer blocks or a wider format"
 RULES = (

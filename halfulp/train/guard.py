@@ -1,240 +1,33 @@
-"""The guard of a training session: how it looks again, goes back and changes the precision."""
+"""The guard of a training session: what the training loop asks it, and what it keeps."""
 
 import math
 import os
-import shlex
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfulp.blocks import block_map
-from halfulp.guard.attribute import HARDWARE
 from halfulp.guard.budget import Budget
 from halfulp.guard.detect import Trigger
 from halfulp.guard.host import ALL, Pass
 from halfulp.guard.keeper import Incident, Keeper
-from halfulp.guard.ladder import FALLBACK, Ladder
+from halfulp.guard.ladder import Ladder
 from halfulp.guard.ring import Ring, Snapshot, check_memory
-from halfulp.guard.rules import YOUNG, Finding, Numeric, Reading, readings_of
-from halfulp.guard.units import Units
-from halfulp.policy import Policy
-from halfulp.site import histories
-from halfulp.train import nonfinite
-from halfulp.train.checkpoint import path_of, steps_in
+from halfulp.guard.rules import YOUNG, Numeric, Reading, readings_of
 from halfulp.train.counters import shares
+from halfulp.train.guard_host import SessionHost
 from halfulp.train.looks import Looks
 from halfulp.train.parallel import local
 from halfulp.train.schedule import warmup_steps
 from halfulp.train.session import Session
-from halfulp.train.state import check_replicas, model_tensors, optimizer_tensors
-from halfulp.train.step import (
-    agree,
-    drop_gradients,
-    forward_backward,
-    forward_only,
-    place_of_loss,
-)
+from halfulp.train.state import check_replicas
 
 SHADOW = 250  # steps between two comparisons of all gradients with the reference ones
 _KNOWN, _REMEMBERED = 8, 32  # measurements of the logits' sharpness
 _LEAST_SPREAD = 0.05
-STORAGE = ("lost_updates", "v_underflow")  # rules on how weights and moments are stored
-
-
-class SessionHost:
-    """A session as halfulp.guard.host.Host describes it."""
-
-    def __init__(self, session: Session, units: Units) -> None:
-        self.session, self.units = session, units
-        cpu = session.world.device.type == "cpu"
-        self.deterministic = cpu or torch.are_deterministic_algorithms_enabled()
-        self.kept: list[Tensor] = []
-
-    def replay(
-        self,
-        off: Collection[str] = (),
-        *,
-        fresh: int = 0,
-        backward: bool = True,
-        keep: bool = False,
-        compare: bool = False,
-    ) -> Pass:
-        s, blocks = self.session, self._blocks(off)
-        with self._untouched(), ExitStack() as stack:
-            if tuple(off) == ALL:
-                stack.enter_context(s.precision.handle.off())
-            elif off:
-                stack.enter_context(s.precision.handle.off_in(blocks))
-            if off and s.config.train.compile:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if not backward:
-                losses = s.world.sum(forward_only(s, ahead=fresh))
-                return Pass(losses.mean().item(), float("nan"))
-            losses = forward_backward(s, ahead=fresh, plain=blocks)
-            found = agree(s, losses, interrupted=False).seen
-            return self._compared(found) if compare else self._kept(found, keep)
-
-    def differing_unit(self) -> str:
-        """The first unit whose output differs between two equal forward passes; "" for none."""
-        s = self.session
-        with self._untouched():
-            runs = [self._outputs() for _ in range(2)]
-        own = [n for n, value in runs[0].items() if not torch.equal(value, runs[1][n])]
-        found = [name for part in s.world.gather(own[:1]) for name in part]
-        blocks = (s.blocks[n] for n in s.blocks if found and n.startswith(f"{found[0]}."))
-        return next((self.units.of[block] for block in blocks), "")
-
-    def broken_unit(self) -> str:
-        """The unit where the step first left the finite numbers; "" if none can be named."""
-        s = self.session
-        with self._untouched():
-            losses = s.world.sum(forward_backward(s))
-            if torch.isfinite(losses).all():
-                place = nonfinite.in_gradients(s.model, s.blocks, s.world)
-            else:
-                place = place_of_loss(s)
-        return self.units.of.get(place.block, "")
-
-    def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies on the CPU of this process's part of everything that a step changes."""
-        s = self.session
-        tensors = {f"model/{name}": t for name, t in model_tensors(s)}
-        tensors |= {f"optimizer/{name}": t for name, t in optimizer_tensors(s)}
-        tensors |= {f"quantizers/{n}": t for n, t in s.precision.handle.state_dict().items()}
-        copies = {name: local(t).detach().to("cpu", copy=True) for name, t in tensors.items()}
-        facts = {
-            "position": s.cursor.position,
-            "tokens": s.tokens,
-            "loss_scale": s.precision.scaler.state(),
-            "blockwise": s.blockwise.state() if s.blockwise else None,
-            "evaluation": dict(s.evaluation),
-            "first_loss_nats": s.first_loss_nats,
-        }
-        return copies, facts
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Put the session back; batches skipped since stay skipped, raised blocks raised."""
-        s, facts = self.session, snapshot.facts
-        drop_gradients(s)
-        with torch.no_grad():
-            for name, tensor in model_tensors(s):
-                local(tensor).copy_(snapshot.tensors[f"model/{name}"])
-            self._restore_optimizer(snapshot.tensors)
-        self._restore_histories(snapshot.tensors)
-        s.precision.scaler.load(facts["loss_scale"])
-        if s.blockwise is not None:
-            s.blockwise.load(facts["blockwise"])
-        s.step, s.tokens = snapshot.step, facts["tokens"]
-        s.evaluation, s.first_loss_nats = dict(facts["evaluation"]), facts["first_loss_nats"]
-        s.cursor.position = facts["position"]
-        s.cursor.settle()
-
-    def apply(self, policy: Policy) -> None:
-        self.session.precision.put(policy)
-
-    def skip(self, first: int, last: int) -> int:
-        cursor, now = self.session.cursor, self.session.step + 1
-        skipped = cursor.skip(cursor.position - (now - first), cursor.ahead(max(0, last - now)))
-        cursor.settle()
-        return skipped
-
-    def _blocks(self, off: Collection[str]) -> set[str]:
-        """The blocks of the units `off`."""
-        units = self.units
-        names = units.names if tuple(off) == ALL else off
-        return {block for name in names for block in units.blocks[name]}
-
-    @contextmanager
-    def _untouched(self) -> Iterator[None]:
-        """Gradients, scale histories, counters and buffers are afterwards as before."""
-        s = self.session
-        handle, parameters = s.precision.handle, list(s.model.parameters())
-        gradients = [p.grad for p in parameters]
-        seen = {name: h.seen for name, (h, _) in histories(handle.sites).items()}
-        buffers = {name: b.clone() for name, b in s.model.named_buffers()}
-        counting, handle.clock.counting = handle.clock.counting, False
-        for p in parameters:
-            p.grad = None
-        try:
-            yield
-        finally:
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.grad = gradient
-            for name, (history, _) in histories(handle.sites).items():
-                history.seen = seen.get(name)
-            for name, buffer in s.model.named_buffers():
-                buffer.copy_(buffers[name])
-            handle.clock.counting = counting
-
-    def _named_gradients(self) -> list[tuple[str, Tensor]]:
-        named = self.session.model.named_parameters()
-        return [(n, local(p.grad)) for n, p in named if p.grad is not None]
-
-    def _kept(self, found: Pass, keep: bool) -> Pass:
-        if keep:
-            self.kept = [gradient.clone() for _, gradient in self._named_gradients()]
-        return found
-
-    def _compared(self, found: Pass) -> Pass:
-        """With what separates the gradient from the kept one; unit by unit, over all processes."""
-        s, rows = self.session, []
-        for (name, new), old in zip(self._named_gradients(), self.kept, strict=True):
-            new64, old64 = new.double(), old.double()
-            three = (new64 - old64).square().sum(), (new64 * old64).sum(), old64.square().sum()
-            rows.append((self.units.parameters[name], torch.stack(three)))
-        names = tuple(dict.fromkeys(unit for unit, _ in rows))
-        sums = torch.zeros(len(names), 3, dtype=torch.float64, device=s.world.device)
-        for unit, three in rows:
-            sums[names.index(unit)] += three
-        if s.world.mode == "fsdp2":
-            sums = s.world.sum(sums)
-        differences, cosines = {}, {}
-        for unit, (square, dot, old) in zip(names, sums.tolist(), strict=True):
-            norm = found.units.get(unit, 0.0) * old**0.5 if old >= 0 else float("nan")
-            differences[unit], cosines[unit] = square**0.5, dot / norm if norm else 0.0
-        return Pass(found.loss, found.norm, found.units, differences, cosines)
-
-    def _outputs(self) -> dict[str, Tensor]:
-        """The output of every leaf module in a forward pass of the step's first micro-batch."""
-        s, outputs = self.session, {}
-
-        def keeper(name: str):
-            def hook(module: object, inputs: object, output: object) -> None:
-                if isinstance(output, Tensor) and name not in outputs:
-                    outputs[name] = output.detach().clone()
-
-            return hook
-
-        leaves = [(n, m) for n, m in s.model.named_modules() if n and not list(m.children())]
-        hooks = [m.register_forward_hook(keeper(n)) for n, m in leaves]
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                forward_only(s)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return outputs
-
-    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        s = self.session
-        for group in s.precision.optimizer.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                state = s.precision.optimizer.state
-                if f"optimizer/{name}/step" not in tensors:
-                    state.pop(parameter, None)  # before its first update
-                    continue
-                for key, value in state[parameter].items():
-                    local(value).copy_(tensors[f"optimizer/{name}/{key}"])
-
-    def _restore_histories(self, tensors: Mapping[str, Tensor]) -> None:
-        """Those that the policy in force still has; a raised block has none, or begins anew."""
-        for name, (history, q) in histories(self.session.precision.handle.sites).items():
-            if (saved := tensors.get(f"quantizers/{name}")) is not None:
-                history.restore(q, saved)
 
 
 class SessionGuard:
@@ -323,9 +116,7 @@ class SessionGuard:
                 s.emit("signal", step=s.step, **vars(finding))
         if last:
             return
-        acts = [finding for finding in findings if finding.level == "act"]
-        for storage in (False, True):
-            self._raise([f for f in acts if (f.rule in STORAGE) == storage], storage=storage)
+        self.keeper.heed(s.step, findings, self.numeric)
         self.keeper.descend(s.step)
 
     def see_logits(self, sharpness: float) -> None:
@@ -357,25 +148,6 @@ class SessionGuard:
             Reading("gradient_noise", units.blocks[unit][0], f"{unit} gradient", error, True)
             for unit, error in errors.items()
         ]
-
-    def _raise(self, findings: list[Finding], *, storage: bool) -> None:
-        """Raise the units of some findings, the same on every process."""
-        if not findings:
-            return
-        of, suspects = self.host.units.of, dict[str, float]()
-        for f in findings:
-            over = f.value / f.threshold if f.threshold else math.inf
-            suspects[of[f.block]] = max(over, suspects.get(of[f.block], 0.0))
-        incident = self.keeper.check(
-            self.session.step,
-            suspects,
-            storage=storage,
-            backward=any(f.backward for f in findings),
-            signals={f"{f.rule} of {f.place}": f.value for f in findings},
-        )
-        for unit in incident.raised if incident else ():
-            for block in self.host.units.blocks.get(unit, self.host.units.of):
-                self.numeric.forget(block)
 
     def facts(self) -> dict[str, Any]:
         """The fields of summary.json: what the guard has done, and the precision map."""
@@ -469,46 +241,6 @@ def _under(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors called "folder/name", by name."""
     paths = ((*path.partition("/"), tensor) for path, tensor in tensors.items())
     return {name: tensor for first, _, name, tensor in paths if first == folder}
-
-
-def stopped(s: Session, incident: Incident) -> str:
-    """Why the run was stopped, and the command that goes on."""
-    trigger, verdict = incident.trigger, incident.verdict
-    units = f" in {', '.join(verdict.units[:4])}" if verdict.units else ""
-    return (
-        f"the guard stopped the run at step {trigger.step}: {incident.done[-1]}. It saw {trigger}; "
-        f"its verdict is {verdict.kind}{units}. Nothing of that step was updated or saved. What "
-        f"happened: halfulp guard explain {shlex.quote(str(s.run.path))}. {_cure(s, incident)}"
-    )
-
-
-def _cure(s: Session, incident: Incident) -> str:
-    resume = shlex.join(["halfulp", "train", "--resume", str(s.run.path)])
-    over = incident.exceeded
-    if over is not None and over.enough is not None:
-        return f"To go on with a larger budget: {resume} --set guard.{over.budget}={over.enough:g}"
-    if incident.verdict.kind == HARDWARE:
-        return f"To go on from the last checkpoint, on another machine: {resume}"
-    folder = s.run.path / "checkpoints"
-    earlier = [step for step in steps_in(folder) if step != s.saved]
-    again = f"To go on from an earlier checkpoint: {resume} --from-step {max(earlier, default=0)}"
-    return (
-        f"It would meet the same again. To start anew from the last good weights, with a lower "
-        f"learning rate and in {FALLBACK}: {_anew(s)}. {again}"
-    )
-
-
-def _anew(s: Session) -> str:
-    """The command of a run from the last checkpoint's weights that is less likely to fail."""
-    path, config = s.run.path, s.config
-    words = ["halfulp", "train", str(path / "config.toml"), "--recipe", FALLBACK]
-    words += ["--lr", f"{config.train.lr / 2:g}", "--out", f"{path}-anew"]
-    if s.saved:
-        words += ["--model", str(path_of(path / "checkpoints", s.saved))]
-        words += [w for key in ("layers", "hidden") for w in ("--set", f"model.{key}=0")]
-    if config.policy.schedule:
-        words += ["--set", "policy.schedule=[]"]
-    return shlex.join(words)
 
 
 def open_guard(session: Session) -> SessionGuard | None:

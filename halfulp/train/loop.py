@@ -18,7 +18,7 @@ from halfulp.train.adapt import adapt, begin, facts_of
 from halfulp.train.config import TrainConfig, check, load_config
 from halfulp.train.counters import added, counts
 from halfulp.train.evaluate import evaluate
-from halfulp.train.guard import stopped
+from halfulp.train.guard_stop import stopped
 from halfulp.train.open import Start, open_session
 from halfulp.train.parallel import open_world
 from halfulp.train.precision import name_of
