@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -57,6 +57,7 @@ class Run:
         self.path = Path(path)
         self.writer = writer
         self.trackers = list(trackers)
+        self.continue_with = f"halfulp train --resume {path}"
         self._events: int | None = None  # file descriptor while this process is the writer
         self._written = 0  # events in the file while this process is the writer
 
@@ -69,16 +70,17 @@ class Run:
         command: Sequence[str],
         force: bool = False,
         writer: bool = True,
+        own: Set[str] = OWN_FILES,
     ) -> "Run":
         """A fresh run directory with config.toml and environment.json.
 
         RunError when `path` exists and is not empty; `force` deletes it first, but only if it
-        holds nothing but the files of a run and nobody is writing it.
+        holds nothing but the files of a run (`own`) and nobody is writing it.
         """
         run = cls(Path(path), writer=writer)
         if not writer:
             return run
-        _make_room(run.path, force=force)
+        _make_room(run.path, force=force, own=own)
         text = toml.dumps(config)
         # config.toml comes first: a directory with it can be recognized as a run.
         _write_whole(run.path / "config.toml", text)
@@ -106,10 +108,13 @@ class Run:
         for tracker in self.trackers:
             tracker.write(line)
 
-    def events(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
+    def events(
+        self, kind: str | None = None, *, damaged: list[str] | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Events in file order, of one kind or all; a torn last line is passed over.
 
-        RunError naming the line if any other line is not a JSON object.
+        Any other line that is not a JSON object is named in `damaged`; without that list it is a
+        RunError.
         """
         file = self.path / "events.jsonl"
         if not file.exists():
@@ -121,10 +126,12 @@ class Run:
                     if kind is None or event.get("event") == kind:
                         yield event
                 elif line.endswith(b"\n"):
-                    raise RunError(
-                        f"{file} line {number} is not a JSON object: {line[:60]!r}. "
-                        f"Delete that line (sed -i {number}d {file}) and read again."
-                    )
+                    what = f"{file} line {number} is not a JSON object: {line[:60]!r}"
+                    if damaged is None:
+                        raise RunError(
+                            f"{what}. Delete that line (sed -i {number}d {file}) and read again."
+                        )
+                    damaged.append(what)
 
     @property
     def written(self) -> int:
@@ -208,7 +215,7 @@ class Run:
         except OSError as error:
             raise RunError(
                 f"cannot write to {self.path / 'events.jsonl'}: {error.strerror}. Make room and "
-                f"continue with: halfulp train --resume {self.path}"
+                f"continue with: {self.continue_with}"
             ) from error
         self._written += 1
 
@@ -271,7 +278,7 @@ def _cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _make_room(path: Path, *, force: bool) -> None:
+def _make_room(path: Path, *, force: bool, own: Set[str]) -> None:
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is asked for as a run directory, but is a file. Give another name.")
     try:
@@ -289,7 +296,7 @@ def _make_room(path: Path, *, force: bool) -> None:
             f"{path} is asked for as a new run, but exists and is not empty. Give another name, "
             "resume the run, or delete it with force."
         )
-    foreign = sorted(names - OWN_FILES)
+    foreign = sorted(names - own)
     if foreign or not names & {"config.toml", "events.jsonl"} or path.is_symlink():
         found = f"holds {', '.join(foreign[:5])}" if foreign else "is a link or not a run"
         raise RunError(

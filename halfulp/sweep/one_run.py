@@ -1,0 +1,129 @@
+"""One run of a sweep, in a worker: trained, measured, and never left hanging."""
+
+import faulthandler
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfulp.errors import HalfulpError, NonFiniteError, RunError, StoppedError
+from halfulp.sweep.design import Cell, Design
+from halfulp.sweep.result import Result
+
+STALLED = "stalled.txt"  # where a worker that hung says where it hung
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell to run in the sweep at `path`; `timeout_s` is the longest time between two events."""
+
+    path: Path
+    design: Mapping[str, Any]  # of Design.to_dict
+    digest: str
+    cell: Cell
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A result, and the run's files where the worker does not see the sweep's directory."""
+
+    result: Result | None  # None: interrupted, to be gone on with
+    files: Mapping[str, bytes]
+
+
+def run_cell(task: Task) -> Trained:
+    """Train and measure one cell; goes on after the newest checkpoint where there is one.
+
+    A recipe that diverges or does not fit is a result. What is wrong with the machine is raised:
+    RunError, OSError.
+    """
+    design = Design.from_dict(task.design)
+    if _sees(task):
+        return Trained(_result(design, task, task.path), {})
+    with tempfile.TemporaryDirectory() as folder:
+        elsewhere = Path(folder)
+        (elsewhere / "policies").mkdir()
+        for name, text in design.policies.items():
+            (elsewhere / "policies" / name).write_text(text, encoding="utf-8")
+        result = _result(design, task, elsewhere)
+        return Trained(result, _files(elsewhere / "runs" / task.cell.id))
+
+
+def _sees(task: Task) -> bool:
+    """Whether the sweep's directory is the one here, and not just one of the same name."""
+    from halfulp.sweep.store import is_sweep, read_sweep
+
+    return is_sweep(task.path) and read_sweep(task.path).design.digest() == task.digest
+
+
+def _files(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+
+
+def _result(design: Design, task: Task, path: Path) -> Result | None:
+    out, before = path / "runs" / task.cell.id, time.perf_counter()
+    status, message = "finished", ""
+    stalled = path / "runs" / f"{task.cell.id}.{STALLED}"
+    stalled.parent.mkdir(exist_ok=True)
+    try:
+        with _watched(stalled, task.timeout_s) as alive:
+            reason = _train(design, task.cell, out, path / "policies", alive)
+        if reason == "interrupted":
+            return None
+    except NonFiniteError as error:
+        status, message = "nonfinite", str(error)
+    except StoppedError as error:
+        status, message = "stopped", str(error)
+    except RunError:
+        raise
+    except HalfulpError as error:
+        status, message = "refused", str(error)
+    return _measured(task.cell, status, message, out, time.perf_counter() - before)
+
+
+def _train(design: Design, cell: Cell, out: Path, policies: Path, alive: Any) -> str:
+    from halfulp.train import checkpoint
+    from halfulp.train.loop import train
+
+    config = design.config_of(cell, out, policies)
+    started = (out / "config.toml").is_file() and bool(checkpoint.steps_in(out / "checkpoints"))
+    command = ("halfulp", "sweep")
+    resume = out if started else None
+    return train(config, resume=resume, force=not started, command=command, on_event=alive).reason
+
+
+def _measured(cell: Cell, status: str, message: str, out: Path, seconds: float) -> Result:
+    from halfulp.sweep.measure import measure
+
+    facts = measure(out) if (out / "events.jsonl").is_file() else {}
+    return Result(
+        id=cell.id, recipe=cell.recipe, lr=cell.lr, seed=cell.seed, data=cell.data,
+        status=status, message=message, wall_seconds=seconds, **facts,
+    )  # fmt: skip
+
+
+@contextmanager
+def _watched(file: Path, timeout_s: float) -> Iterator[Any]:
+    """End this process, with its stack in `file`, when `alive` is not called for `timeout_s`.
+
+    The timer is a thread of C: code that hangs without letting other threads run is ended too.
+    """
+    with open(file, "w", encoding="utf-8") as stream:
+        last = time.monotonic()
+
+        def alive(_: Mapping[str, Any]) -> None:
+            nonlocal last
+            if time.monotonic() - last > 1:
+                last = time.monotonic()
+                faulthandler.dump_traceback_later(timeout_s, exit=True, file=stream)
+
+        faulthandler.dump_traceback_later(timeout_s, exit=True, file=stream)
+        try:
+            yield alive
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    file.unlink()

@@ -1,0 +1,197 @@
+"""Run a sweep to its end: every cell once, a result after each, and go on where it was left."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfulp.errors import ConfigError, HalfulpError
+from halfulp.sweep.design import Design, make_design
+from halfulp.sweep.one_run import STALLED, Task, Trained, run_cell
+from halfulp.sweep.order import next_cell, seconds_of
+from halfulp.sweep.result import Result
+from halfulp.sweep.store import Store, open_store
+from halfulp.tasks import Outcome, run_tasks
+
+if TYPE_CHECKING:
+    from halfulp.sweep.table import Table
+    from halfulp.train.config import TrainConfig
+
+TRIES = 2  # of a run whose process ends or hangs: the machine may be at fault once
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+def sweep(
+    config: "TrainConfig | str | Path",
+    *,
+    recipes: Sequence[str],
+    lrs: Sequence[float],
+    seeds: int | Sequence[int] = 3,
+    reference: str = "",
+    data: Mapping[str, Sequence[str]] | None = None,
+    guard: bool = False,
+    out: str | Path = "sweep",
+    jobs: int = 0,
+    time_s: float = 0.0,
+    timeout_s: float = 600.0,
+    ray: str = "",
+    force: bool = False,
+    on_event: OnEvent | None = None,
+) -> "Table":
+    """Train every recipe × learning rate × seed × data set, and say what came of it.
+
+    A sweep at `out` of the same design is gone on with. See `make_design` for the grid and
+    `run_design` for the execution and its errors.
+    """
+    from halfulp.train.config import TrainConfig, load_config
+
+    config = config if isinstance(config, TrainConfig) else load_config(config)
+    design = make_design(
+        config, recipes=recipes, lrs=lrs, seeds=seeds, reference=reference, data=data, guard=guard
+    )
+    return run_design(
+        design, Path(out), jobs=jobs, time_s=time_s, timeout_s=timeout_s, ray=ray, force=force,
+        on_event=on_event,
+    )  # fmt: skip
+
+
+def run_design(
+    design: Design,
+    path: Path,
+    *,
+    jobs: int = 0,
+    time_s: float = 0.0,
+    timeout_s: float = 600.0,
+    ray: str = "",
+    force: bool = False,
+    command: Sequence[str] = ("halfulp.sweep",),
+    on_event: OnEvent | None = None,
+) -> "Table":
+    """Run what is missing of `design` at `path`; the most informative runs first.
+
+    * `jobs` at a time, 0 = as many as there is room for; on the cluster at `ray` if given.
+    * `time_s`: no run is started that would not be done by then; 0 = no limit.
+    * `timeout_s`: a run without a step for so long is ended, and tried once more.
+
+    A run that fails is a result. Raises ConfigError and RunError as `open_store` and `run_tasks`;
+    the results so far are kept, and the same call goes on.
+    """
+    if jobs < 0 or time_s < 0 or timeout_s <= 0:
+        raise ConfigError("jobs and the time cannot be negative, and a timeout must be above 0.")
+    store, stored = open_store(path, design, command=command, force=force)
+    state = _State(design, store, {r.id: r for r in stored.results}, timeout_s, on_event)
+    if time_s:
+        state.deadline = time.monotonic() + time_s
+    for line in stored.damaged:
+        state.tell("damaged", message=line)
+    try:
+        _prepare(design)
+        state.tell("begin", done=len(state.results), cells=len(design.cells()))
+        for outcome in run_tasks(
+            run_cell, state.next_task, jobs=jobs, ray=ray,
+            threads=design.config.train.threads, gpu_share=_gpu_share(design),
+        ):  # fmt: skip
+            state.take(outcome)
+    finally:
+        store.close()
+    from halfulp.sweep.table import Table
+
+    return Table(design, tuple(state.results.values()), path=path, damaged=stored.damaged)
+
+
+@dataclass
+class _State:
+    """What the driver knows while runs are under way."""
+
+    design: Design
+    store: Store
+    results: dict[str, Result]
+    timeout_s: float
+    on_event: OnEvent | None
+    deadline: float = float("inf")
+    running: set[str] = field(default_factory=set)
+    tries: dict[str, int] = field(default_factory=dict)
+
+    def next_task(self) -> Task | None:
+        cell = next_cell(self.design, self.results.values(), self.running | self.results.keys())
+        if cell is None:
+            return None
+        if time.monotonic() + seconds_of(self.results.values(), cell.recipe) > self.deadline:
+            return None
+        self.running.add(cell.id)
+        self.tries[cell.id] = self.tries.get(cell.id, 0) + 1
+        self.tell("run", id=cell.id)
+        path = self.store.path.absolute()
+        return Task(path, self.design.to_dict(), self.design.digest(), cell, self.timeout_s)
+
+    def take(self, outcome: Outcome[Task]) -> None:
+        cell = outcome.task.cell
+        self.running.discard(cell.id)
+        result = self._result(outcome)
+        if result is None:
+            return
+        self.results[cell.id] = result
+        self.store.add(result)
+        self.tell("result", **result.to_dict())
+
+    def _result(self, outcome: Outcome[Task]) -> Result | None:
+        """The result of a run; None when it is to be tried once more."""
+        cell = outcome.task.cell
+        if isinstance(outcome.value, Trained) and outcome.value.result is not None:
+            self._keep(cell.id, outcome.value)
+            return outcome.value.result
+        stalled = self.store.runs / f"{cell.id}.{STALLED}"
+        hung = bool(outcome.died) and stalled.is_file() and stalled.stat().st_size > 0
+        message = _why(outcome)
+        if hung:
+            message = f"no step for {self.timeout_s:g} s; its stack is in {stalled.name}"
+        if self.tries[cell.id] < TRIES:
+            self.store.note("retry", id=cell.id, message=message)
+            self.tell("retry", id=cell.id, message=message)
+            return None
+        status = "stalled" if hung else "died"
+        return Result(
+            id=cell.id, recipe=cell.recipe, lr=cell.lr, seed=cell.seed, data=cell.data,
+            status=status, message=message,
+        )  # fmt: skip
+
+    def _keep(self, id: str, trained: Trained) -> None:
+        folder = self.store.runs / id
+        if trained.files:
+            folder.mkdir(parents=True, exist_ok=True)
+        for name, content in trained.files.items():
+            (folder / name).write_bytes(content)
+
+    def tell(self, event: str, **fields: Any) -> None:
+        if self.on_event is not None:
+            self.on_event({"event": event, **fields})
+
+
+def _why(outcome: Outcome[Task]) -> str:
+    if outcome.error is not None:
+        known = isinstance(outcome.error, HalfulpError)
+        return str(outcome.error) if known else f"{type(outcome.error).__name__}: {outcome.error}"
+    return f"its process {outcome.died}" if outcome.died else "it was interrupted"
+
+
+def _prepare(design: Design) -> None:
+    """Read the data sets once, so that workers find their tokens and errors come before any run."""
+    from dataclasses import replace
+
+    from halfulp.data import open_data
+    from halfulp.numerics.kernel import cache_directory
+
+    for sources in design.data.values():
+        section = design.config.data
+        section = replace(section, source=sources) if sources else section
+        open_data(section.corpus(), cache_directory() / "data")
+
+
+def _gpu_share(design: Design) -> float:
+    """The part of a GPU that a run takes: small models leave most of one idle."""
+    import torch
+
+    device = design.config.train.device
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return 0.25 if on_gpu else 0.0
