@@ -10,6 +10,7 @@ from halfulp.cli.info import info
 from halfulp.cli.recipes import recipes
 from halfulp.cli.report import report
 from halfulp.cli.sharpness import sharpness
+from halfulp.cli.sweep import sweep
 from halfulp.cli.train import train
 
 app = typer.Typer(
@@ -25,3 +26,4 @@ app = typer.Typer(
 for command in (demo, train, check, sharpness, report, recipes, formats, info):
     app.command(cls=CheckCommand if command is check else None)(command)
 app.add_typer(guard)
+app.add_typer(sweep)
