@@ -38,6 +38,10 @@ class NonFiniteError(HalfulpError):
     """A loss, gradient or batch that is not finite."""
 
 
+class PlanError(HalfulpError):
+    """A budget, scaling law or corpus size that cannot be planned with."""
+
+
 class PolicyError(HalfulpError):
     """A policy, rule, recipe or block map that does not decide every GEMM."""
 

@@ -1,0 +1,82 @@
+"""Scaling laws as data: the table of laws.toml."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+
+from halfulp.errors import PlanError
+
+LOSS_KINDS = ("loss", "repetition")  # laws that a plan can be made with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """A published law: N parameters, D tokens, C FLOPs, losses in nats per token."""
+
+    name: str
+    kind: str
+    title: str
+    formula: str
+    source: str
+    read: str  # "source", "second hand" or "recalled"
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)  # standard errors, as published
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # what was fitted on
+    notes: tuple[str, ...] = ()
+    warning: str = ""
+
+    def outside(self, **values: float) -> tuple[str, ...]:
+        """One sentence for each of the `values` that lies outside what the law was fitted on.
+
+        `values` are named as in `ranges`: N, D, C or epochs; those without a range are not judged.
+        """
+        said = []
+        for name, value in values.items():
+            low, high = self.ranges.get(name, (value, value))
+            if not low <= value <= high:
+                side = f"{value / high:.3g} times above" if value > high else "below"
+                said.append(
+                    f"{self.name}: {name} = {value:.3g} is {side} what it was fitted on, "
+                    f"{low:.3g} to {high:.3g}"
+                )
+        return tuple(said)
+
+
+def law_names(*kinds: str) -> tuple[str, ...]:
+    """The laws of the table, of some kinds or of all."""
+    return tuple(name for name in _table() if not kinds or load_law(name).kind in kinds)
+
+
+@cache
+def load_law(name: str) -> Law:
+    """The law `name`; PlanError naming the nearest ones."""
+    table = _table()
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=3, cutoff=0.4) or list(table)
+        raise PlanError(
+            f"law {name!r} is unknown. Nearest: {', '.join(near)}. See `halfulp plan laws`; "
+            "a fit of your own runs is a .json or .csv file."
+        )
+    entry = _whole(table[name])
+    entry["ranges"] = {key: (low, high) for key, (low, high) in entry.get("ranges", {}).items()}
+    entry["notes"] = tuple(entry.get("notes", ()))
+    return Law(name=name, **entry)
+
+
+def _whole(entry: dict) -> dict:
+    """The entry with what it takes over from the law that it is like."""
+    if "like" not in entry:
+        return dict(entry)
+    base = _whole(_table()[entry["like"]])
+    coefficients = base["coefficients"] | entry.get("coefficients", {})
+    own = {key: value for key, value in entry.items() if key != "like"}
+    return base | own | {"coefficients": coefficients}
+
+
+@cache
+def _table() -> dict[str, dict]:
+    file = resources.files("halfulp.plan") / "laws.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8"))
