@@ -1,0 +1,194 @@
+"""64-bit keys of n-grams: blocks of tokens in, one key for every n-gram inside a document.
+
+The key of tokens t_1 … t_n is Σ m(t_j) · B^(n−j) mod 2^64, where m mixes and B is odd. With
+Q_i = Σ_(k≤i) m(t_k) · B^(−k) the key of the n-gram that ends at i is (Q_i − Q_(i−n)) · B^i: one
+running sum serves every n (Karp and Rabin 1987, with wraparound for the modulus).
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from halfulp.corpus import murmur
+from halfulp.errors import DataError
+
+BASE = 0xD1342543DE82EF95
+OFFSET = 0x9E3779B97F4A7C15  # m(t) is the finalizer of t + OFFSET: it would map 0 to 0
+BLOCK = 1 << 14  # tokens: the work arrays of one block stay in a core's own cache
+MOST = 1024  # longest n-gram
+NEW_DOCUMENT = (0,)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some tokens with the context before them.
+
+    `tokens` [context + fresh], unsigned. `starts` [documents]: positions in `tokens` where
+    documents begin, ascending; the first is at or before 0 where its document began earlier.
+    `document` is the number of the document of starts[0] in the stream.
+    """
+
+    tokens: np.ndarray
+    context: int
+    starts: np.ndarray
+    document: int
+
+    def owner(self, ends: np.ndarray) -> np.ndarray:
+        """Index in `starts` of the document of each position."""
+        return np.searchsorted(self.starts, ends, side="right") - 1
+
+    def inside(self, ends: np.ndarray, n: int, *, apart: bool = False) -> np.ndarray:
+        """Which n-grams that end at `ends` lie in one document (mask).
+
+        `apart`: and begin at a multiple of n in it.
+        """
+        length = ends - self.starts[self.owner(ends)] + 1
+        return (length >= n) & (length % n == 0) if apart else length >= n
+
+    def count(self, n: int, *, apart: bool = False) -> int:
+        """How many n-grams end in the fresh tokens and lie in one document."""
+        stops = np.append(self.starts[1:], len(self.tokens))
+        before = np.maximum(self.context - self.starts, 0)
+        after = stops - self.starts
+        if apart:
+            return int(np.maximum(after // n - before // n, 0).sum())
+        return int((np.maximum(after - n + 1, 0) - np.maximum(before - n + 1, 0)).clip(0).sum())
+
+
+class Stream:
+    """Tokens in, blocks out; carries the context that the next call's first n-grams need.
+
+    `tokens` counts the tokens taken and `documents` the documents begun.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self.tokens = 0
+        self.documents = 0
+        self._room = longest - 1
+        self._context = np.empty(0, np.uint8)
+        self._begun = 0  # tokens of the open document so far
+
+    def blocks(
+        self, tokens: np.ndarray, starts: Sequence[int] | np.ndarray, *, size: int = BLOCK
+    ) -> Iterator[Block]:
+        """Blocks of at most `size` fresh tokens; `starts` are positions where documents begin.
+
+        Tokens before the first start go on with the document of the call before.
+        """
+        tokens = unsigned(tokens)
+        starts = self._checked(len(tokens), starts)
+        for at in range(0, len(tokens), size):
+            fresh = tokens[at : at + size]
+            lo, hi = np.searchsorted(starts, (at, at + len(fresh)))
+            yield self._block(fresh, starts[lo:hi] - at)
+        # A document without tokens, after the last token.
+        self._open(int(len(starts) - np.searchsorted(starts, len(tokens))))
+
+    def _checked(self, count: int, starts: Sequence[int] | np.ndarray) -> np.ndarray:
+        found = np.asarray(starts, np.int64)
+        if len(found) and (found[0] < 0 or found[-1] > count or (np.diff(found) < 0).any()):
+            raise DataError(
+                f"document starts must ascend within 0 … {count}; they run from {found[0]} to "
+                f"{found[-1]}. Give positions in this call's tokens."
+            )
+        if self.documents == 0 and count and (len(found) == 0 or found[0] > 0):
+            raise DataError(
+                "the first tokens belong to no document. The first call must have 0 in starts."
+            )
+        return found
+
+    def _open(self, documents: int) -> None:
+        if documents:
+            self.documents += documents
+            self._begun = 0
+
+    def _block(self, fresh: np.ndarray, starts: np.ndarray) -> Block:
+        dtype = np.promote_types(self._context.dtype, fresh.dtype)
+        tokens = np.concatenate((self._context, fresh), dtype=dtype)
+        context = len(self._context)
+        document = self.documents - 1
+        self.documents += len(starts)
+        self.tokens += len(fresh)
+        if len(starts) and starts[0] == 0 and document < 0:
+            block = Block(tokens, context, starts + context, 0)
+        else:
+            begun = np.concatenate(([-self._begun], starts)) + context
+            block = Block(tokens, context, begun, document)
+        self._begun = len(tokens) - int(block.starts[-1])
+        self._context = tokens[max(0, len(tokens) - self._room) :].copy()
+        return block
+
+
+def prefix(block: Block) -> np.ndarray:
+    """Q of the module's formula, [tokens + 1] uint64, beginning with 0."""
+    size = len(block.tokens)
+    work = np.empty((2, size + 1), np.uint64)
+    work[0, 0] = 0
+    mixed = work[0, 1:]
+    np.add(block.tokens, np.uint64(OFFSET), out=mixed, dtype=np.uint64)
+    murmur.fmix(mixed, work[1, 1:])
+    np.multiply(mixed, powers(pow(BASE, -1, 1 << 64), _room_for(size))[:size], out=mixed)
+    np.cumsum(mixed, out=mixed)
+    return work[0]
+
+
+def first_end(block: Block, n: int) -> int:
+    """The first position in the block where an n-gram can end."""
+    return max(n - 1, block.context)
+
+
+def ngram_keys(block: Block, sums: np.ndarray, n: int) -> np.ndarray:
+    """Keys [ends] of the n-grams ending at first_end(block, n) and after, documents ignored."""
+    size, first = len(block.tokens), first_end(block, n)
+    if first >= size:
+        return np.empty(0, np.uint64)
+    keys = sums[first + 1 :] - sums[first + 1 - n : size + 1 - n]
+    return np.multiply(keys, powers(BASE, _room_for(size))[first:size], out=keys)
+
+
+def span_keys(symbols: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Keys of the spans symbols[starts[i]:ends[i]], as if each were an n-gram; 0 for an empty one.
+
+    Needs 32 bytes of memory per symbol: give stretches, and join the keys of a cut span.
+    """
+    sums = prefix(Block(unsigned(symbols), 0, np.zeros(1, np.int64), 0))
+    keys = sums[ends] - sums[starts]
+    table = powers(BASE, _room_for(len(symbols)))
+    return np.where(ends > starts, keys * table[np.maximum(ends, 1) - 1], np.uint64(0))
+
+
+def join(left: int, right: int, right_length: int) -> int:
+    """Key of the concatenation of two spans, from their keys and the second one's length."""
+    return (left * pow(BASE, right_length, 1 << 64) + right) % (1 << 64)
+
+
+def unsigned(tokens: np.ndarray) -> np.ndarray:
+    """`tokens` as a contiguous array of unsigned integers of the same width.
+
+    Raises DataError for another type than integers of 8 to 64 bits in one dimension.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise DataError(
+            f"tokens must be a list of integers; here is an array of {tokens.dtype} with "
+            f"{tokens.ndim} dimensions. Give one document's token numbers."
+        )
+    native = tokens.astype(tokens.dtype.newbyteorder("="), copy=False)
+    return np.ascontiguousarray(native).view(f"u{tokens.dtype.itemsize}")
+
+
+@functools.lru_cache(maxsize=8)
+def powers(base: int, count: int, first: int = 1) -> np.ndarray:
+    """first · base^i mod 2^64 for i < count, read-only."""
+    table = np.full(count, base, np.uint64)
+    table[0] = first
+    np.multiply.accumulate(table, out=table)
+    table.flags.writeable = False
+    return table
+
+
+def _room_for(size: int) -> int:
+    """Length of the table of powers: few lengths, so that few tables are kept."""
+    return max(BLOCK + MOST, 1 << (size - 1).bit_length() if size else 1)
