@@ -1,0 +1,130 @@
+"""A small isoFLOP set: `halfulp train` at equal compute with models of several sizes, kept.
+
+Every run reads bytes of the standard library less than once, on a cosine schedule of its own
+length. Runs lie in the user's cache; an interrupted one goes on from its newest checkpoint.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reproduce.runs import open_pool
+
+PRESET = "qwen3-tiny"  # norms on queries and keys make it forgive a learning rate that is off
+VOCAB = 257  # bytes and the end of a document
+LENGTH, ROWS = 64, 8
+TOKENS = LENGTH * ROWS  # of one step
+LR_TIMES_HIDDEN = 0.25
+GRID = {  # FLOPs -> (hidden, layers); the smallest budget has too few tokens for larger models
+    2e11: ((32, 1), (32, 2), (64, 1)),
+    6e11: ((32, 1), (32, 2), (64, 1), (64, 2), (96, 2)),
+    1.8e12: ((32, 2), (64, 1), (64, 2), (96, 2)),
+}
+SEEDS = (0, 1)
+VERSION = 1  # raise it when what a run computes changes: kept runs are then trained again
+LARGER = (1.08e13, (128, 2))  # not fitted: 6 times the compute, 1.7 times the parameters
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: so many FLOPs = 6 × parameters × tokens, to the nearest step."""
+
+    flops: float
+    hidden: int
+    layers: int
+    seed: int
+
+
+def fitted() -> list[Point]:
+    """The runs that the law is fitted to."""
+    return [Point(c, *shape, s) for c, shapes in GRID.items() for shape in shapes for s in SEEDS]
+
+
+def held_out() -> list[Point]:
+    """The runs that the fitted law has to predict."""
+    flops, shape = LARGER
+    return [Point(flops, *shape, seed) for seed in SEEDS]
+
+
+def trained(points: Sequence[Point]) -> list[Path]:
+    """The run directories of `points`, in order; trained in two processes where not kept."""
+    paths = dict.fromkeys(points, Path())
+    with open_pool() as pool:
+        # The longest first, so that no process waits for one at the end.
+        jobs = {pool.submit(train_point, p): p for p in sorted(points, key=lambda p: -p.flops)}
+        for done, job in enumerate(as_completed(jobs), 1):
+            point, (path, seconds) = jobs[job], job.result()
+            paths[point] = path
+            if seconds:
+                print(f"  run {done}/{len(jobs)}: {point} ({seconds:.0f} s)", file=sys.stderr)
+    return [paths[p] for p in points]
+
+
+def train_point(point: Point) -> tuple[Path, float]:
+    """(run directory, wall-clock seconds spent here: 0 for one that was kept)."""
+    from halfulp.train.config import load_config
+    from halfulp.train.loop import train
+
+    path = run_directory(point)
+    settings = config_of(point) | {"run": {"out": str(path)}}
+    begun = (path / "config.toml").is_file()
+    if begun and (path / "summary.json").is_file() and _finished(path):
+        return path, 0.0
+    before = time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train(load_config(settings), resume=path if begun else None, command=("reproduce",))
+    return path, time.perf_counter() - before
+
+
+def run_directory(point: Point) -> Path:
+    """Where the run of `point` is kept; another configuration or torch has another place."""
+    import torch
+
+    from halfulp.data.cache import key_of
+    from halfulp.numerics.kernel import cache_directory
+
+    name = f"{point.flops:.3g}-{point.hidden}x{point.layers}-{point.seed}"
+    key = key_of(VERSION, torch.__version__, config_of(point))[:8]
+    return cache_directory() / "isoflop" / f"{name}-{key}"
+
+
+def config_of(point: Point) -> dict[str, Any]:
+    """The sections of run.toml that decide the run."""
+    steps = round(point.flops / (6 * parameters(point.hidden, point.layers) * TOKENS))
+    train = {"steps": steps, "rows": ROWS, "lr": LR_TIMES_HIDDEN / point.hidden}
+    train |= {"seed": point.seed, "eval_every": 0, "eval_batches": 128, "count_every": 0}
+    train |= {"checkpoint_every": 2000, "keep": 1, "device": "cpu", "threads": 1}
+    return {
+        "model": {"preset": PRESET, "hidden": point.hidden, "layers": point.layers},
+        "data": {"length": LENGTH},
+        "train": train,
+        "sharpness": {"every": 0},
+        "guard": {"on": False},
+    }
+
+
+def parameters(hidden: int, layers: int) -> int:
+    """All parameters of the model; the tied embedding counts once."""
+    import torch
+
+    from halfulp.train.config import ModelConfig
+    from halfulp.train.model import build_model
+
+    with torch.device("meta"):
+        shape = ModelConfig(preset=PRESET, hidden=hidden, layers=layers)
+        model = build_model(shape, vocab=VOCAB, length=LENGTH, seed=0).model
+    return sum(p.numel() for p in model.parameters())
+
+
+def _finished(path: Path) -> bool:
+    from halfulp.run import Run
+
+    return Run.open(path, writer=False).summary().get("reason") == "finished"
+
+
+if __name__ == "__main__":
+    trained([*fitted(), *held_out()])
