@@ -24,6 +24,7 @@ class Speedup:
     range: tuple[float, float]
     source: str
     read: str  # "source" or "second hand"
+    date: str  # year and month in which it was read
     hardware: str = ""  # "" where the source does not state it
     parameters: float = math.nan
 

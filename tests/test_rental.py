@@ -63,5 +63,6 @@ def test_rows_name_recipes_that_exist_or_the_precision():
         assert 0 < row.range[0] <= row.range[1] < 3
         assert row.scope in ("step", "gemm")
         assert row.read in ("source", "second hand")
+        assert row.date >= "2026-"
         if row.recipe != row.precision:
             assert load_recipe(row.recipe)
