@@ -49,9 +49,7 @@ class Failures:
         return Failures(self.failed + self.lost, self.runs + self.lost)
 
     def __add__(self, other: "Failures") -> "Failures":
-        return Failures(
-            self.failed + other.failed, self.runs + other.runs, self.lost + other.lost
-        )
+        return Failures(self.failed + other.failed, self.runs + other.runs, self.lost + other.lost)
 
     def __str__(self) -> str:
         """ "0 of 5 failed (at most 45 % at 95 % confidence)"; never that a recipe is stable."""

@@ -71,9 +71,7 @@ def bootstrap(values: np.ndarray) -> Interval:
     """Percentile bootstrap interval of the mean of values [n ≥ 1]: too short for small n."""
     low, high = np.quantile(values[resamples(len(values))].mean(axis=1), [0.025, 0.975])
     mean = float(values.mean())
-    return Interval(
-        value=mean, low=float(low), high=float(high), n=len(values), method="bootstrap"
-    )
+    return Interval(value=mean, low=float(low), high=float(high), n=len(values), method="bootstrap")
 
 
 def resamples(n: int) -> np.ndarray:

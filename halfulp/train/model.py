@@ -57,9 +57,16 @@ def outline(config: ModelConfig) -> nn.Module:
 
 def next_token_loss(model: nn.Module, batch_BT: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy in nats/token of predicting `batch_BT[:, 1:]`, computed in fp32."""
+    return nn.functional.cross_entropy(*next_token_logits(model, batch_BT))
+
+
+def next_token_logits(
+    model: nn.Module, batch_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, V] in fp32 and their targets [N]: what `next_token_loss` is the loss of."""
     logits = model(input_ids=batch_BT[:, :-1], use_cache=False).logits
     targets = batch_BT[:, 1:].reshape(-1)
-    return nn.functional.cross_entropy(logits.float().reshape(len(targets), -1), targets)
+    return logits.float().reshape(len(targets), -1), targets
 
 
 def config_json(model: nn.Module) -> str:

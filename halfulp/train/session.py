@@ -50,7 +50,7 @@ class Session:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0  # training time, without evaluations and checkpoints
-    evaluation: dict[str, float] = field(default_factory=dict)  # fields of the last `eval`
+    evaluation: dict[str, Any] = field(default_factory=dict)  # fields of the last `eval`
     first_loss_nats: float | None = None
     saved: int | None = None  # step of the newest checkpoint
 
