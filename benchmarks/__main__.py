@@ -1,6 +1,6 @@
 """Run every benchmark, or those that are named: `python -m benchmarks [NAME …] [--quick]`.
 
-gpu needs a CUDA device and runs only where it is named. Writes benchmarks/RESULTS.md, where the
+Those with gpu in their name need a CUDA device and run only where they are named. Writes benchmarks/RESULTS.md, where the
 sections of the others stay as they are.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 ANYWHERE = (
     "rounding", "optimizer", "training", "check", "sharpness", "guard", "guard_overhead",
 )  # fmt: skip
-SCRIPTS = (*ANYWHERE, "gpu", "guard_gpu")
+SCRIPTS = (*ANYWHERE, "gpu", "guard_gpu", "attention_bias_gpu")
 FOLDER = Path(__file__).parent
 _HEAD = (
     "# Speed\n\nWritten by `python -m benchmarks`; `python -m benchmarks NAME …` measures the "

@@ -5,9 +5,11 @@ from pathlib import Path
 from types import ModuleType
 
 from reproduce import (
+    attention_bias,
     bit_reduction,
     blockwise_lr,
     guarded_run,
+    lr_window,
     roundoff,
     roundoff_models,
     sharpness,
@@ -18,7 +20,15 @@ from reproduce.results import Section, render
 from reproduce.runs import open_runs
 
 SCRIPTS = (stochastic_rounding, bit_reduction)  # a part of each trains in the pool
-MEASURED = (roundoff, roundoff_models, sharpness, blockwise_lr, guarded_run)
+MEASURED = (
+    roundoff,
+    roundoff_models,
+    sharpness,
+    blockwise_lr,
+    guarded_run,
+    attention_bias,
+    lr_window,
+)
 PAGE = Path(__file__).with_name("RESULTS.md")
 
 
