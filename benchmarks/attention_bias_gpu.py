@@ -5,9 +5,9 @@ style model of 10.7 M parameters (6 layers of 384 channels, context 256) on the 
 standard library, bf16 autocast, AdamW at 1e-3 without decay, 8192 tokens a step: the setting in
 which arXiv:2510.04212 finds failures, ten times smaller. Attention is written out as flash
 attention computes it: P̄ = exp(S − m) and O = P̄V in bf16, δ = rowsum(dO ∘ O) from the rounded O.
-Arms: `bf16`, `shifted` (m = 4 × a positive maximum that ties) and `fp32` (P̄V is not rounded). A run has
-failed when the median of its last 5 % of losses is more than 0.3 nats above its smallest smoothed
-loss, or not finite. Needs a CUDA device; --dry runs tiny sizes on the CPU.
+Arms: `bf16`, `shifted` (m = 4 × a positive maximum that ties) and `fp32` (P̄V is not rounded). A
+run has failed when the median of its last 5 % of losses is more than 0.3 nats above its smallest
+smoothed loss, or not finite. Needs a CUDA device; --dry runs tiny sizes on the CPU.
 """
 
 import argparse
