@@ -1,22 +1,15 @@
 """One pass over token documents, one HyperLogLog for every n."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
-from halfulp.corpus import murmur
 from halfulp.corpus.hll import Hll
-from halfulp.corpus.keys import (
-    BASE,
-    BLOCK,
-    MOST,
-    NEW_DOCUMENT,
-    Block,
-    Stream,
-    first_end,
-    powers,
-    prefix,
-)  # fmt: skip
+from halfulp.corpus.keys import MOST, NEW_DOCUMENT, Stream
+from halfulp.corpus.native import near
+from halfulp.corpus.near import Hits, Task
+from halfulp.corpus.sample import Sample
 from halfulp.errors import DataError
 
 
@@ -24,16 +17,29 @@ class Counter:
     """Distinct n-grams of a stream of documents, for several n at once; none crosses a document.
 
     `sketches` and `occurrences` by n; `tokens` and `documents` taken so far. `apart`: only
-    n-grams that begin at a multiple of n in their document (windows).
+    n-grams that begin at a multiple of n in their document (windows). `samples` by n, each of
+    `capacity` n-grams; empty without a capacity.
     """
 
-    def __init__(self, orders: Sequence[int], *, lg_k: int = 14, apart: bool = False) -> None:
+    def __init__(
+        self,
+        orders: Sequence[int],
+        *,
+        lg_k: int = 14,
+        apart: bool = False,
+        capacity: int | None = None,
+    ) -> None:
         self.orders = _checked(orders)
         self.apart = apart
         self.sketches = {n: Hll(lg_k) for n in self.orders}
         self.occurrences = dict.fromkeys(self.orders, 0)
+        self.lg_k = lg_k
         self._stream = Stream(self.orders[-1])
-        self._work = np.empty((3, BLOCK + MOST), np.uint64)
+        registers = np.zeros((len(self.orders), 1 << lg_k), np.uint8)
+        for row, n in enumerate(self.orders):
+            self.sketches[n].registers = registers[row]
+        self.samples = {n: Sample(capacity) for n in self.orders} if capacity else {}
+        self._near = near(Task(self.orders, apart, lg_k, registers))
 
     @property
     def tokens(self) -> int:
@@ -50,17 +56,19 @@ class Counter:
         document of the call before. Many short documents are best given in one call.
         """
         for block in self._stream.blocks(tokens, starts):
-            sums = prefix(block)
-            for n in self.orders:
-                self.occurrences[n] += block.count(n, apart=self.apart)
-                self._feed(block, sums, n)
+            counts = block.count(self.orders, apart=self.apart)
+            for n, count in zip(self.orders, counts, strict=True):
+                self.occurrences[n] += count
+            cuts = [sample.cut for sample in self.samples.values()] or [0] * len(self.orders)
+            self._sample(self._near.feed(block, np.array(cuts, np.uint64)))
 
     def merge(self, other: "Counter") -> None:
         """Take in all that `other` counted, as documents of their own.
 
-        DataError for other orders, lg_k or `apart`.
+        DataError for other orders, lg_k, `apart` or capacity.
         """
-        if (self.orders, self.apart) != (other.orders, other.apart):
+        mine, theirs = ((c.orders, c.apart, len(c.samples)) for c in (self, other))
+        if mine != theirs:
             raise DataError(
                 f"counts of n = {list(other.orders)} cannot be merged into counts of "
                 f"n = {list(self.orders)}. Count both with the same n."
@@ -68,26 +76,15 @@ class Counter:
         for n, sketch in self.sketches.items():
             sketch.merge(other.sketches[n])
             self.occurrences[n] += other.occurrences[n]
+        for n, sample in self.samples.items():
+            sample.merge(other.samples[n])
         self._stream.tokens += other.tokens
         self._stream.documents += other.documents
 
-    def _feed(self, block: Block, sums: np.ndarray, n: int) -> None:
-        first, size = first_end(block, n), len(block.tokens)
-        if first >= size:
-            return
-        h1, h2, scratch = self._work[:, : size - first]
-        np.subtract(sums[first + 1 :], sums[first + 1 - n : size + 1 - n], out=h1)
-        np.multiply(h1, _key_factors()[first:size], out=h1)
-        murmur.finish(h1, h2, scratch)
-        sketch = self.sketches[n]
-        near = np.flatnonzero(h2 <= sketch.bound)
-        near = near[block.inside(near + first, n, apart=self.apart)]
-        sketch.insert(h1[near], h2[near])
-
-
-def _key_factors() -> np.ndarray:
-    """B^i · FIRST: an n-gram's key and the first step of its hash in one product."""
-    return powers(BASE, BLOCK + MOST, int(murmur.FIRST))
+    def _sample(self, hits: Hits) -> None:
+        bounds = np.searchsorted(hits.rows, range(len(self.orders) + 1)) if self.samples else ()
+        for sample, (low, high) in zip(self.samples.values(), pairwise(bounds), strict=True):
+            sample.add(hits.h2[low:high], hits.documents[low:high])
 
 
 def _checked(orders: Sequence[int]) -> tuple[int, ...]:

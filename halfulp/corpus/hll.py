@@ -41,19 +41,8 @@ class Hll:
         """Add keys [n] uint64 (or int64, bit for bit)."""
         keys = np.ascontiguousarray(keys).view(np.uint64)
         for at in range(0, len(keys), _CHUNK):
-            self.insert(*murmur.hash_keys(keys[at : at + _CHUNK]))
-
-    def insert(self, h1: np.ndarray, h2: np.ndarray) -> None:
-        """Add keys by both halves of their hashes, each [n] uint64."""
-        slots = (h1 & np.uint64((1 << self.lg_k) - 1)).astype(np.int64)
-        ranks = rank(h2)
-        higher = ranks > self.registers[slots]
-        np.maximum.at(self.registers, slots[higher], ranks[higher])
-
-    @property
-    def bound(self) -> np.uint64:
-        """A hash whose h2 is above this changes no register."""
-        return np.uint64(((1 << 64) - 1) >> int(self.registers.min()))
+            h1, h2 = murmur.hash_keys(keys[at : at + _CHUNK])
+            raise_registers(self.registers, slots_of(h1, self.lg_k), h2)
 
     def merge(self, other: "Hll") -> None:
         """Take in all keys of `other`. DataError for another lg_k."""
@@ -99,6 +88,18 @@ def rel_std(lg_k: int) -> float:
     Below about 2^lg_k distinct keys the error is smaller (Ertl 2017, figure 8).
     """
     return math.sqrt((3 * math.log(2) - 1) / (1 << lg_k))
+
+
+def slots_of(h1: np.ndarray, lg_k: int) -> np.ndarray:
+    """The register of each key."""
+    return (h1 & np.uint64((1 << lg_k) - 1)).astype(np.int64)
+
+
+def raise_registers(registers: np.ndarray, slots: np.ndarray, h2: np.ndarray) -> None:
+    """registers[slots] = max(registers[slots], rank(h2)), in place."""
+    ranks = rank(h2)
+    higher = ranks > registers[slots]
+    np.maximum.at(registers, slots[higher], ranks[higher])
 
 
 def rank(h2: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 """64-bit keys of n-grams: blocks of tokens in, one key for every n-gram inside a document.
 
 The key of tokens t_1 … t_n is Σ m(t_j) · B^(n−j) mod 2^64, where m mixes and B is odd. With
-Q_i = Σ_(k≤i) m(t_k) · B^(−k) the key of the n-gram that ends at i is (Q_i − Q_(i−n)) · B^i: one
-running sum serves every n (Karp and Rabin 1987, with wraparound for the modulus).
+P_i the key of the first i tokens, the key of the n-gram that ends at i is P_i − P_(i−n) · B^n: one
+pass serves every n (Karp and Rabin 1987, with wraparound for the modulus). And as B is odd, P is a
+running sum: P_i = B^i · Σ_(k≤i) m(t_k) · B^(−k).
 """
 
 import functools
@@ -39,7 +40,7 @@ class Block:
         """Index in `starts` of the document of each position."""
         return np.searchsorted(self.starts, ends, side="right") - 1
 
-    def inside(self, ends: np.ndarray, n: int, *, apart: bool = False) -> np.ndarray:
+    def inside(self, ends: np.ndarray, n: int | np.ndarray, *, apart: bool = False) -> np.ndarray:
         """Which n-grams that end at `ends` lie in one document (mask).
 
         `apart`: and begin at a multiple of n in it.
@@ -47,14 +48,16 @@ class Block:
         length = ends - self.starts[self.owner(ends)] + 1
         return (length >= n) & (length % n == 0) if apart else length >= n
 
-    def count(self, n: int, *, apart: bool = False) -> int:
-        """How many n-grams end in the fresh tokens and lie in one document."""
-        stops = np.append(self.starts[1:], len(self.tokens))
+    def count(self, orders: Sequence[int], *, apart: bool = False) -> list[int]:
+        """How many n-grams of each n end in the fresh tokens and lie in one document."""
+        n = np.asarray(orders)[:, None]
         before = np.maximum(self.context - self.starts, 0)
-        after = stops - self.starts
+        after = np.append(self.starts[1:], len(self.tokens)) - self.starts
         if apart:
-            return int(np.maximum(after // n - before // n, 0).sum())
-        return int((np.maximum(after - n + 1, 0) - np.maximum(before - n + 1, 0)).clip(0).sum())
+            new = after // n - before // n
+        else:
+            new = np.maximum(after - n + 1, 0) - np.maximum(before - n + 1, 0)
+        return np.maximum(new, 0).sum(axis=1).tolist()
 
 
 class Stream:
@@ -121,31 +124,18 @@ class Stream:
         return block
 
 
-def prefix(block: Block) -> np.ndarray:
-    """Q of the module's formula, [tokens + 1] uint64, beginning with 0."""
+def prefix(block: Block, work: np.ndarray, factor: int = 1) -> np.ndarray:
+    """Keys · factor of the first 0, 1, 2 … tokens, [tokens + 1] uint64; work [2, tokens + 1]."""
     size = len(block.tokens)
-    work = np.empty((2, size + 1), np.uint64)
     work[0, 0] = 0
-    mixed = work[0, 1:]
+    mixed, scratch = work[:, 1:]
     np.add(block.tokens, np.uint64(OFFSET), out=mixed, dtype=np.uint64)
-    murmur.fmix(mixed, work[1, 1:])
-    np.multiply(mixed, powers(pow(BASE, -1, 1 << 64), _room_for(size))[:size], out=mixed)
+    murmur.fmix(mixed, scratch)
+    room = max(BLOCK + MOST, 1 << max(size - 1, 0).bit_length())  # few lengths: few tables
+    np.multiply(mixed, powers(pow(BASE, -1, 1 << 64), room)[:size], out=mixed)
     np.cumsum(mixed, out=mixed)
+    np.multiply(mixed, powers(BASE, room, factor)[:size], out=mixed)
     return work[0]
-
-
-def first_end(block: Block, n: int) -> int:
-    """The first position in the block where an n-gram can end."""
-    return max(n - 1, block.context)
-
-
-def ngram_keys(block: Block, sums: np.ndarray, n: int) -> np.ndarray:
-    """Keys [ends] of the n-grams ending at first_end(block, n) and after, documents ignored."""
-    size, first = len(block.tokens), first_end(block, n)
-    if first >= size:
-        return np.empty(0, np.uint64)
-    keys = sums[first + 1 :] - sums[first + 1 - n : size + 1 - n]
-    return np.multiply(keys, powers(BASE, _room_for(size))[first:size], out=keys)
 
 
 def span_keys(symbols: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -153,10 +143,10 @@ def span_keys(symbols: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.n
 
     Needs 32 bytes of memory per symbol: give stretches, and join the keys of a cut span.
     """
-    sums = prefix(Block(unsigned(symbols), 0, np.zeros(1, np.int64), 0))
-    keys = sums[ends] - sums[starts]
-    table = powers(BASE, _room_for(len(symbols)))
-    return np.where(ends > starts, keys * table[np.maximum(ends, 1) - 1], np.uint64(0))
+    block = Block(unsigned(symbols), 0, np.zeros(1, np.int64), 0)
+    sums = prefix(block, np.empty((2, len(symbols) + 1), np.uint64))
+    longest = int((ends - starts).max(initial=0))
+    return sums[ends] - sums[starts] * powers(BASE, 1 << longest.bit_length())[ends - starts]
 
 
 def join(left: int, right: int, right_length: int) -> int:
@@ -187,8 +177,3 @@ def powers(base: int, count: int, first: int = 1) -> np.ndarray:
     np.multiply.accumulate(table, out=table)
     table.flags.writeable = False
     return table
-
-
-def _room_for(size: int) -> int:
-    """Length of the table of powers: few lengths, so that few tables are kept."""
-    return max(BLOCK + MOST, 1 << (size - 1).bit_length() if size else 1)

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,28 +49,38 @@ def status() -> KernelStatus:
 
     Raises KernelError when HALFULP_KERNEL=c cannot be honored or has an unknown value.
     """
+    library, reason = attempt(_load)
+    if library is None:
+        return KernelStatus("torch", reason)
+    parallel = _thread_pool()
+    threads = "torch's thread pool" if parallel else "one thread (torch exports no thread pool)"
+    return KernelStatus("c", f"{reason}, {threads}", library, parallel)
+
+
+def attempt(load: Callable[[], ctypes.CDLL]) -> tuple[ctypes.CDLL | None, str]:
+    """The library that `load` gives, or None where the definition without C serves; and why.
+
+    Raises KernelError when HALFULP_KERNEL=c cannot be honored or has an unknown value.
+    """
     asked = os.environ.get("HALFULP_KERNEL", "")
     if asked not in ("", "c", "torch"):
         raise KernelError(f"HALFULP_KERNEL={asked!r} is unknown. Use c, torch, or leave it unset.")
     if asked == "torch":
-        return KernelStatus("torch", "HALFULP_KERNEL=torch asks for the torch definition")
+        return None, "HALFULP_KERNEL=torch asks for the torch definition"
     try:
-        library = _load()
+        library = load()
     except (OSError, subprocess.SubprocessError, KernelError) as error:
         if asked == "c":
             raise KernelError(
                 f"HALFULP_KERNEL=c was asked, but the C kernel cannot be built here: {error}. "
                 "Install a C compiler (gcc or clang) or unset HALFULP_KERNEL: same bits, slower."
             ) from error
-        return KernelStatus("torch", f"the C kernel cannot be built here ({error})")
-    parallel = _thread_pool()
-    threads = "torch's thread pool" if parallel else "one thread (torch exports no thread pool)"
-    reason = f"C kernel at {library._name}, {threads}"
-    return KernelStatus("c", reason, library, parallel)
+        return None, f"the C kernel cannot be built here ({error})"
+    return library, f"C kernel at {library._name}"
 
 
 def _load() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_build()))
+    library = ctypes.CDLL(str(build("round", Path(__file__).parent, _SOURCES, _HEADERS)))
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64
     f32 = ctypes.c_float
     signatures = {
@@ -88,15 +99,18 @@ def _load() -> ctypes.CDLL:
     return library
 
 
-def _build() -> Path:
-    """Compile round.c into the user's cache unless the same source and compiler did it before."""
+def build(stem: str, folder: Path, sources: Sequence[str], headers: Sequence[str] = ()) -> Path:
+    """Compile C files of `folder` into the user's cache unless the same text was compiled before.
+
+    Raises KernelError without a compiler or when it fails; OSError or SubprocessError when it or
+    the cache cannot be used.
+    """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     compiler = compiler or shutil.which("clang")
     if not compiler:
         raise KernelError("no C compiler: neither $CC nor cc, gcc or clang on the PATH")
-    files = {name: Path(__file__).with_name(name) for name in _HEADERS + _SOURCES}
     facts = (
-        *(file.read_text() for file in files.values()),
+        *((folder / name).read_text() for name in (*headers, *sources)),
         *_FLAGS,
         *_X86_FLAGS,
         compiler,
@@ -104,14 +118,14 @@ def _build() -> Path:
         platform.libc_ver()[1],
     )
     digest = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
-    target = cache_directory() / f"round-{digest}.so"
+    target = cache_directory() / f"{stem}-{digest}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed: several ranks may build at once.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch) / target.name
-        paths = (str(files[name]) for name in _SOURCES)
+        paths = (str(folder / name) for name in sources)
         command = [*compiler.split(), *_FLAGS, *_X86_FLAGS, *paths, "-o", str(built), "-lm"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if result.returncode:

@@ -1,0 +1,82 @@
+"""The n-grams of a block that change a sketch or belong to a sample: the definition in NumPy.
+
+Few do: an n-gram counts only if its hash is below what the lowest register holds already. So the
+last steps of the hash, and the question whether it lies in one document, are for those alone.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from halfulp.corpus import murmur
+from halfulp.corpus.hll import raise_registers, slots_of
+from halfulp.corpus.keys import BASE, BLOCK, MOST, Block, prefix
+
+LARGEST_HASH = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Sampled n-grams, each [hits]: `rows` index of n, ascending, `documents` number, `h2` hash.
+
+    One that occurs in a document several times may be there once or several times.
+    """
+
+    rows: np.ndarray
+    documents: np.ndarray
+    h2: np.ndarray
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to count: `orders` (each n), and `apart` as in Counter.
+
+    `registers` [orders, 2^lg_k] are raised in place.
+    """
+
+    orders: tuple[int, ...]
+    apart: bool
+    lg_k: int
+    registers: np.ndarray
+
+
+class NumpyNear:
+    """Feeds blocks to a task's registers; keeps the work arrays of one block."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._work = np.empty((4, BLOCK + MOST), np.uint64)
+
+    def feed(self, block: Block, cuts: np.ndarray) -> Hits:
+        """Raise the registers; the hits are the n-grams with h2 ≤ cuts [orders] uint64, cut > 0."""
+        task, size = self._task, len(block.tokens)
+        sums = prefix(block, self._work[:2, : size + 1], int(murmur.FIRST))
+        least = task.registers.min(axis=1).tolist()
+        bounds = [
+            max(((1 << 64) - 1) >> low, int(cut)) for low, cut in zip(least, cuts, strict=True)
+        ]
+        pairs = zip(task.orders, bounds, strict=True)
+        found = [_near(block, sums, n, bound, self._work[1:]) for n, bound in pairs]
+        ends, a, b = map(np.concatenate, zip(*found, strict=True))
+        rows = np.repeat(np.arange(len(found)), [len(e) for e, _, _ in found])
+        keep = block.inside(ends, np.asarray(task.orders)[rows], apart=task.apart)
+        rows, ends, (h1, h2) = rows[keep], ends[keep], murmur.finished(a[keep], b[keep])
+        raise_registers(
+            task.registers.reshape(-1), slots_of(h1, task.lg_k) + (rows << task.lg_k), h2
+        )
+        hit = np.flatnonzero((h2 <= cuts[rows]) & (cuts[rows] > 0)) if cuts.any() else slice(0)
+        return Hits(rows[hit], block.document + block.owner(ends[hit]), h2[hit])
+
+
+def _near(
+    block: Block, sums: np.ndarray, n: int, bound: int, work: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ends, and hashes but for the last step, of all n-grams with h2 ≤ bound and a few others."""
+    size = len(block.tokens)
+    first = min(max(n - 1, block.context), size)
+    a, b, scratch = work[:, : size - first]
+    np.multiply(sums[first + 1 - n : size + 1 - n], pow(BASE, n, 1 << 64), out=a)
+    np.subtract(sums[first + 1 :], a, out=a)
+    murmur.halves(a, b, scratch)
+    near = murmur.at_most(a, b, bound, scratch)
+    return near + first, a[near], b[near]

@@ -1,0 +1,120 @@
+/* Distinct n-grams of a block of tokens: the C twin of near.py, bit for bit. */
+
+#include "../numerics/round.h"
+
+#define BASE 0xd1342543de82ef95u
+#define OFFSET 0x9e3779b97f4a7c15u
+#define START (9001u ^ 8u) /* Murmur's seed and the length of a key */
+#define GROUP 128
+#define SEEN 4096
+
+typedef struct {
+    const void *tokens; int64_t width, size, context; /* bytes of a token; tokens; those before the fresh ones */
+    const int64_t *starts, *orders; int64_t documents, rows, apart, lg_k;
+    uint8_t *registers;   /* [rows][2^lg_k] */
+    const uint64_t *cuts; /* [rows]: n-grams with h2 <= cut are handed back; 0: none */
+    uint64_t *sums, *seen; /* scratch [size + 1]; [rows][SEEN]: pairs of hash and document handed back lately */
+    int64_t document, *hit_rows, *hit_documents; uint64_t *hits; /* of starts[0]; what is handed back */
+} Job;
+
+INLINE uint64_t fmix(uint64_t x) {
+    x ^= x >> 33; x *= 0xff51afd7ed558ccdu;
+    x ^= x >> 33; x *= 0xc4ceb9fe1a85ec53u;
+    return x ^ x >> 33;
+}
+
+#define MIX(T) for (int64_t i = 0; i < job->size; i++) sums[i] = fmix(((const T *)job->tokens)[i] + OFFSET)
+
+/* sums[i]: key of the first i tokens. */
+INLINE void prefix(const Job *job) {
+    uint64_t *sums = job->sums + 1, last = 0;
+    if (job->width == 1) MIX(uint8_t);
+    else if (job->width == 2) MIX(uint16_t);
+    else if (job->width == 4) MIX(uint32_t);
+    else MIX(uint64_t);
+    job->sums[0] = 0;
+    for (int64_t i = 0; i < job->size; i++) sums[i] = last = last * BASE + sums[i];
+}
+
+/* MurmurHash3_x64_128 of count <= GROUP keys. */
+INLINE void hash(const uint64_t *ends, const uint64_t *begins, uint64_t power, int64_t count, uint64_t *h1, uint64_t *h2) {
+    IVDEP for (int64_t j = 0; j < count; j++) {
+        uint64_t k = (ends[j] - begins[j] * power) * 0x87c37b91114253d5u;
+        k = (k << 31 | k >> 33) * 0x4cf5ad432745937fu;
+        const uint64_t a = (k ^ START) + START, b = fmix(a + START);
+        h1[j] = fmix(a) + b;
+        h2[j] = h1[j] + b;
+    }
+}
+
+/* Index of the document in which the n-gram lies, or -1. */
+INLINE int64_t owner(const Job *job, int64_t end, int64_t n) {
+    int64_t low = 0, high = job->documents;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        if (job->starts[middle] <= end) low = middle; else high = middle;
+    }
+    const int64_t length = end - job->starts[low] + 1;
+    return length >= n && (!job->apart || length % n == 0) ? low : -1;
+}
+
+INLINE uint64_t largest_that_counts(const uint8_t *registers, int64_t count) {
+    uint8_t least = 255;
+    for (int64_t i = 0; i < count; i++) least = registers[i] < least ? registers[i] : least;
+    return ~(uint64_t)0 >> least;
+}
+
+typedef struct { const Job *job; uint8_t *registers; int64_t row, n; uint64_t cut; } Row;
+
+/* One n-gram whose hash is low enough to matter; returns how many hits there are then. */
+INLINE int64_t take(const Row *r, int64_t end, uint64_t h1, uint64_t h2, int64_t hits) {
+    uint8_t *here = r->registers + (h1 & (((uint64_t)1 << r->job->lg_k) - 1));
+    const int zeros = h2 ? __builtin_clzll(h2) : 64, rank = zeros > 62 ? 63 : zeros + 1;
+    const int higher = rank > *here, hit = h2 <= r->cut && r->cut;
+    if (!(higher | hit)) return hits;
+    int64_t document = owner(r->job, end, r->n);
+    if (document < 0) return hits;
+    if (higher) *here = rank;
+    if (!hit) return hits;
+    document += r->job->document;
+    const uint64_t pair = h2 + (uint64_t)document * OFFSET;
+    uint64_t *seen = r->job->seen + r->row * SEEN + (pair >> 1) % SEEN;
+    if (*seen == pair) return hits;
+    *seen = pair;
+    r->job->hit_rows[hits] = r->row; r->job->hit_documents[hits] = document; r->job->hits[hits] = h2;
+    return hits + 1;
+}
+
+INLINE int64_t row_of(const Job *job, int64_t row, int64_t hits) {
+    const int64_t n = job->orders[row], m = (int64_t)1 << job->lg_k, size = job->size;
+    const Row r = {job, job->registers + row * m, row, n, job->cuts[row]};
+    const uint64_t low = largest_that_counts(r.registers, m), bound = low > r.cut ? low : r.cut;
+    uint64_t power = 1, h1[GROUP], h2[GROUP];
+    uint8_t near[GROUP];
+    for (int64_t i = 0; i < n; i++) power *= BASE;
+    for (int64_t first = job->context > n - 1 ? job->context : n - 1; first < size; first += GROUP) {
+        const int64_t count = size - first < GROUP ? size - first : GROUP;
+        const uint64_t *ends = job->sums + first + 1;
+        if (count == GROUP) hash(ends, ends - n, power, GROUP, h1, h2);
+        else hash(ends, ends - n, power, count, h1, h2);
+        for (int64_t j = 0; j < GROUP; j++) near[j] = j < count && h2[j] <= bound;
+        for (int64_t word = 0; word < GROUP; word += 8) {
+            uint64_t flags; /* eight bytes of 0 or 1, the first one lowest (little-endian) */
+            memcpy(&flags, near + word, 8);
+            for (; flags; flags &= flags - 1) {
+                const int64_t j = word + __builtin_ctzll(flags) / 8;
+                hits = take(&r, first + j, h1[j], h2[j], hits);
+            }
+        }
+    }
+    return hits;
+}
+
+CLONES static int64_t ngrams(const Job *job) {
+    int64_t hits = 0;
+    prefix(job);
+    for (int64_t row = 0; row < job->rows; row++) hits = row_of(job, row, hits);
+    return hits;
+}
+
+int64_t halfulp_ngrams(const Job *job) { return ngrams(job); }
