@@ -1,12 +1,16 @@
 """Many independent tasks: on worker processes with cores of their own, or on a Ray cluster."""
 
+import json
 import os
-import tempfile
+import pickle
+import signal
+import subprocess
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from halfulp.errors import ConfigError, require
@@ -81,93 +85,182 @@ class _Pool(Protocol):
 
 
 class _Local:
+    """One process per slot, with a pipe of its own: none can harm another by the way it ends."""
+
     def __init__(self, jobs: int, threads: int, gpu_share: float) -> None:
-        import multiprocessing
-
-        from pebble import ProcessPool
-
         self._jobs = jobs or (_gpu_room(gpu_share) if gpu_share else room(threads))
-        self._slots = tempfile.TemporaryDirectory(prefix="halfulp-")
-        self._pool = ProcessPool(
-            max_workers=self._jobs,
-            initializer=_enter,
-            initargs=[self._slots.name, self._jobs, threads, gpu_share],
-            # fork would copy the thread pools of torch into a state in which they hang.
-            context=multiprocessing.get_context("spawn"),
-        )
+        self._threads, self._gpu_share = threads, gpu_share
+        self._workers: dict[int, _Worker] = {}
+        self._busy: set[_Worker] = set()
 
     def room(self) -> int:
         return self._jobs
 
-    def submit(self, function: Callable[[Any], Any], task: Any) -> "Future[Any]":
-        return self._pool.schedule(function, args=[task])
+    def submit(self, function: Callable[[T], Any], task: T) -> "_Worker":
+        slot, worker = self._free()
+        if worker is None or not worker.begin(function, task):
+            worker = self._workers[slot] = self._start(slot)
+            worker.begin(function, task)
+        self._busy.add(worker)
+        return worker
 
-    def wait(self, handles: Sequence["Future[Any]"]) -> Sequence["Future[Any]"]:
-        return list(wait(handles, return_when=FIRST_COMPLETED).done)
+    def wait(self, handles: Sequence["_Worker"]) -> Sequence["_Worker"]:
+        from multiprocessing.connection import wait
 
-    def outcome(self, handle: "Future[Any]", task: Any) -> Outcome[Any]:
-        from pebble import ProcessExpired
+        while True:
+            ready = wait([worker.pipe for worker in handles], timeout=1.0)
+            # A child of a dead worker may hold its pipe open.
+            found = [w for w in handles if w.pipe in ready or w.ended]
+            if found:
+                return found
 
-        error = handle.exception()
-        if isinstance(error, ProcessExpired):
-            return Outcome(task, died=_ended(error.exitcode))
-        return Outcome(task, error=error) if error else Outcome(task, handle.result())
+    def outcome(self, handle: "_Worker", task: Any) -> Outcome[Any]:
+        self._busy.discard(handle)
+        return handle.outcome(task)
 
     def stop(self) -> None:
-        self._pool.stop()
-        self._pool.join()
-        self._slots.cleanup()
+        end = time.monotonic() + _GRACE_S
+        for worker in self._workers.values():
+            worker.dismiss()
+        for worker in self._workers.values():
+            worker.end(max(0.0, end - time.monotonic()))
+
+    def _free(self) -> "tuple[int, _Worker | None]":
+        found = ((slot, self._workers.get(slot)) for slot in range(self._jobs))
+        return next((slot, worker) for slot, worker in found if worker not in self._busy)
+
+    def _start(self, slot: int) -> "_Worker":
+        mine = cores()
+        share = mine[slot * self._threads : (slot + 1) * self._threads]
+        pinned = share if self._jobs * self._threads <= len(mine) else []
+        return _Worker(pinned, self._gpu(slot) if self._gpu_share else None)
+
+    def _gpu(self, slot: int) -> str:
+        import torch
+
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else range(max(1, torch.cuda.device_count()))
+        return str(gpus[slot * len(gpus) // self._jobs])
 
 
-def _ended(code: int | None) -> str:
-    import signal
+class _Worker:
+    """A process that answers one task after another, and ends when this process does."""
 
-    if code is not None and code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
+    def __init__(self, pinned: Sequence[int], gpu: str | None) -> None:
+        from multiprocessing import Pipe
+
+        self.pipe, theirs = Pipe()
+        leash, self._leash = os.pipe()
+        arguments = [sys.path, theirs.fileno(), leash, list(pinned)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _BEGIN, json.dumps(arguments)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(), leash),
+            env=os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
+            start_new_session=True,  # Ctrl-C is for the driver, which then ends its workers
+        )
+        theirs.close()
+        os.close(leash)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process.poll() is not None
+
+    def begin(self, function: Callable[[T], Any], task: T) -> bool:
+        """Hand the task over; False when the process has ended."""
+        message = pickle.dumps((function, task))
+        try:
+            if not self.ended:
+                self.pipe.send_bytes(message)
+                return True
+        except OSError:
+            pass
+        self.end(0.0)
+        return False
+
+    def outcome(self, task: Any) -> Outcome[Any]:
+        """What has come of the task; waits for it."""
+        try:
+            if not self.ended or self.pipe.poll():
+                value, error = pickle.loads(self.pipe.recv_bytes())
+                return Outcome(task, value, error)
+        except (EOFError, OSError):
+            pass
+        self.end(_GRACE_S)
+        return Outcome(task, died=_how(self._process.returncode))
+
+    def dismiss(self) -> None:
+        """Ask the process to end; a task that listens to SIGTERM may come to a good point."""
+        self.pipe.close()
+        self._process.terminate()
+
+    def end(self, seconds: float) -> None:
+        """Wait so long for the end of the process, and then kill it."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)  # and what it has started
+            self._process.wait()
+        self.pipe.close()
+        if self._leash >= 0:
+            os.close(self._leash)
+            self._leash = -1
+
+
+_GRACE_S = 5.0
+_BEGIN = (
+    "import json, sys; arguments = json.loads(sys.argv[1]); sys.path[:] = arguments.pop(0); "
+    "from halfulp.tasks import work; work(*arguments)"
+)
+
+
+def work(pipe: int, leash: int, pinned: Sequence[int]) -> None:
+    """The life of a worker process: tasks from the file descriptor `pipe`, one after another."""
+    from multiprocessing.connection import Connection
+
+    for descriptor in (pipe, leash):
+        os.set_inheritable(descriptor, False)
+    threading.Thread(target=_end_with, args=[leash], daemon=True).start()
+    if pinned and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, pinned)
+    asked = Connection(pipe)
+    while True:
+        try:
+            message = asked.recv_bytes()
+            asked.send_bytes(_answer(message))
+        except (EOFError, OSError):  # the driver has closed its end
+            return
+
+
+def _end_with(leash: int) -> None:
+    os.read(leash, 1)  # nothing is ever written: this returns when the driver has ended
+    os._exit(1)
+
+
+def _answer(message: bytes) -> bytes:
+    """(value, error) of the pickled (function, task)."""
+    try:
+        function, task = pickle.loads(message)
+        return pickle.dumps((function(task), None))
+    except BaseException as error:
+        error.add_note(traceback.format_exc())
+        try:
+            said = pickle.dumps((None, error))
+            pickle.loads(said)
+        except Exception:  # of a class that cannot be pickled, or not be rebuilt
+            said = pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
+        return said
+
+
+def _how(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
 def _gpu_room(gpu_share: float) -> int:
     import torch
 
     return max(1, int(torch.cuda.device_count() / gpu_share + 1e-6))
-
-
-def _enter(slots: str, jobs: int, threads: int, gpu_share: float) -> None:
-    """Begin a worker: its own cores and GPU, and an end with its parent."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    slot = _take_slot(Path(slots), jobs)
-    mine = cores()
-    if jobs * threads <= len(mine) and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, mine[slot * threads : (slot + 1) * threads])
-    if gpu_share:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        gpus = visible.split(",") if visible else None
-        index = int(slot * gpu_share + 1e-6)
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index] if gpus else str(index)
-
-
-def _end_with_parent() -> None:
-    import multiprocessing
-
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _take_slot(folder: Path, jobs: int) -> int:
-    """The first slot that no living worker holds: its file stays locked until the process ends."""
-    import fcntl
-
-    for slot in range(jobs):
-        file = os.open(folder / str(slot), os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return slot
-        except OSError:
-            os.close(file)
-    return 0
 
 
 class _Ray:
@@ -178,6 +271,7 @@ class _Ray:
         if self._mine:
             _connect(self._ray, address)
         self._remote: Any = None
+        self._running: set[Any] = set()
 
     def room(self) -> int:
         resources = self._ray.cluster_resources()
@@ -190,12 +284,15 @@ class _Ray:
         if self._remote is None:
             options = {"num_cpus": self._threads, "num_gpus": self._gpu_share, "max_retries": 0}
             self._remote = self._ray.remote(**options)(function)
-        return self._remote.remote(task)
+        handle = self._remote.remote(task)
+        self._running.add(handle)
+        return handle
 
     def wait(self, handles: Sequence[Any]) -> Sequence[Any]:
         return self._ray.wait(handles, num_returns=1)[0]
 
     def outcome(self, handle: Any, task: Any) -> Outcome[Any]:
+        self._running.discard(handle)
         try:
             return Outcome(task, self._ray.get(handle))
         except self._ray.exceptions.RayTaskError as error:
@@ -204,6 +301,8 @@ class _Ray:
             return Outcome(task, died=f"ended ({type(error).__name__})")
 
     def stop(self) -> None:
+        for handle in self._running:
+            self._ray.cancel(handle, force=True)
         if self._mine:
             self._ray.shutdown()
 
