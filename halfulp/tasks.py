@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -36,7 +36,7 @@ def run_tasks(
     threads: int = 1,
     gpu_share: float = 0.0,
     ray: str = "",
-) -> Iterator[Outcome[T]]:
+) -> Generator[Outcome[T], None, None]:
     """The outcomes of `function(task)`, in the order in which they come.
 
     * `next_task` is asked whenever a worker is free; None means that there is nothing to start now.

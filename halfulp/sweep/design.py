@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,7 +92,7 @@ class Design:
         """The inverse of `to_dict`; ConfigError where something is missing or wrong."""
         try:
             section = value["sweep"]
-            return cls(
+            design = cls(
                 config=load_config(value["base"]),
                 recipes=tuple(section["recipes"]),
                 reference=section["reference"],
@@ -100,6 +101,8 @@ class Design:
                 data={name: tuple(sources) for name, sources in section["data"].items()},
                 policies=dict(section["policies"]),
             )
+            _check(design)
+            return design
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"this is not the config.toml of a sweep ({type(error).__name__}: {error}). "
@@ -181,11 +184,25 @@ def _check(design: Design) -> None:
     for lr in design.lrs:
         if not (math.isfinite(lr) and lr > 0):
             raise ConfigError(f"the learning rate {lr:g} cannot be used. Give rates above 0.")
+    for seed in design.seeds:
+        if not isinstance(seed, int) or seed < 0:
+            raise ConfigError(f"the seed {seed!r} cannot be used. Give integers from 0 on.")
     for recipe in design.recipes:
         check(replace(design.config, policy=policy_of(recipe, design.config.policy, Path())))
-    ids = [cell.id for cell in design.cells()]
-    if twice := next((i for i in ids if ids.count(i) > 1), ""):
-        raise ConfigError(f"two runs of the grid are the same or would share the name {twice}.")
+    names = [*design.recipes, *(cell.id for cell in design.cells())]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ConfigError(f"two runs of the grid are the same or would share the name {twice[0]}.")
+    _check_data(design.data)
+
+
+def _check_data(data: Mapping[str, tuple[str, ...]]) -> None:
+    seen: dict[tuple[str, ...], str] = {}
+    for name, sources in data.items():
+        if (other := seen.setdefault(sources, name)) != name:
+            raise ConfigError(
+                f"the data set {name!r} has the same sources as {other!r}. Give it its own."
+            )
 
 
 def _enough(design: Design) -> None:

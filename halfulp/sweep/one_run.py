@@ -9,22 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfulp.errors import HalfulpError, NonFiniteError, RunError, StoppedError
+from halfulp.errors import ConfigError, FormatError, NonFiniteError, PolicyError, StoppedError
 from halfulp.sweep.design import Cell, Design
 from halfulp.sweep.result import Result
+from halfulp.sweep.store import is_sweep, read_sweep, write_policies
 
 STALLED = "stalled.txt"  # where a worker that hung says where it hung
 
 
 @dataclass(frozen=True)
 class Task:
-    """A cell to run in the sweep at `path`; `timeout_s` is the longest time between two events."""
+    """A cell to run in the sweep at `path`; `timeout_s` is the longest time between two events.
+
+    `afresh`: from its first step, whatever an earlier try has left.
+    """
 
     path: Path
     design: Mapping[str, Any]  # of Design.to_dict
     digest: str
     cell: Cell
     timeout_s: float
+    afresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,30 +43,27 @@ class Trained:
 def run_cell(task: Task) -> Trained:
     """Train and measure one cell; goes on after the newest checkpoint where there is one.
 
-    A recipe that diverges or does not fit is a result. What is wrong with the machine is raised:
-    RunError, OSError.
+    A recipe that diverges or that the model cannot take is a result. What is wrong with the
+    machine is raised: OSError, DataError, KernelError, MissingExtraError, RunError.
     """
     design = Design.from_dict(task.design)
     if _sees(task):
         return Trained(_result(design, task, task.path), {})
     with tempfile.TemporaryDirectory() as folder:
         elsewhere = Path(folder)
-        (elsewhere / "policies").mkdir()
-        for name, text in design.policies.items():
-            (elsewhere / "policies" / name).write_text(text, encoding="utf-8")
+        write_policies(elsewhere / "policies", design)
         result = _result(design, task, elsewhere)
         return Trained(result, _files(elsewhere / "runs" / task.cell.id))
 
 
 def _sees(task: Task) -> bool:
     """Whether the sweep's directory is the one here, and not just one of the same name."""
-    from halfulp.sweep.store import is_sweep, read_sweep
-
     return is_sweep(task.path) and read_sweep(task.path).design.digest() == task.digest
 
 
 def _files(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    files = path.iterdir() if path.is_dir() else ()  # none where the recipe was refused
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
 def _result(design: Design, task: Task, path: Path) -> Result | None:
@@ -71,26 +73,25 @@ def _result(design: Design, task: Task, path: Path) -> Result | None:
     stalled.parent.mkdir(exist_ok=True)
     try:
         with _watched(stalled, task.timeout_s) as alive:
-            reason = _train(design, task.cell, out, path / "policies", alive)
+            reason = _train(design, task, out, path / "policies", alive)
         if reason == "interrupted":
             return None
     except NonFiniteError as error:
         status, message = "nonfinite", str(error)
     except StoppedError as error:
         status, message = "stopped", str(error)
-    except RunError:
-        raise
-    except HalfulpError as error:
+    except (ConfigError, FormatError, PolicyError) as error:
         status, message = "refused", str(error)
     return _measured(task.cell, status, message, out, time.perf_counter() - before)
 
 
-def _train(design: Design, cell: Cell, out: Path, policies: Path, alive: Any) -> str:
+def _train(design: Design, task: Task, out: Path, policies: Path, alive: Any) -> str:
     from halfulp.train import checkpoint
     from halfulp.train.loop import train
 
-    config = design.config_of(cell, out, policies)
-    started = (out / "config.toml").is_file() and bool(checkpoint.steps_in(out / "checkpoints"))
+    config = design.config_of(task.cell, out, policies)
+    begun = (out / "config.toml").is_file() and bool(checkpoint.steps_in(out / "checkpoints"))
+    started = begun and not task.afresh
     command = ("halfulp", "sweep")
     resume = out if started else None
     return train(config, resume=resume, force=not started, command=command, on_event=alive).reason
@@ -117,7 +118,7 @@ def _watched(file: Path, timeout_s: float) -> Iterator[Any]:
 
         def alive(_: Mapping[str, Any]) -> None:
             nonlocal last
-            if time.monotonic() - last > 1:
+            if time.monotonic() - last > min(1.0, timeout_s / 10):
                 last = time.monotonic()
                 faulthandler.dump_traceback_later(timeout_s, exit=True, file=stream)
 

@@ -10,6 +10,7 @@ from typing import Any
 # have come to.
 STATUSES = ("finished", "nonfinite", "stopped", "refused", "stalled", "died")
 LOST = ("stalled", "died")
+_READ = {str: str, int: int, float: (int, float)}  # what a field of this type may hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,12 @@ class Result:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "Result":
         """The inverse of `to_dict`; unknown keys are passed over. KeyError, TypeError otherwise."""
-        known = {f.name for f in fields(cls)}
+        known = {f.name: f.type for f in fields(cls)}
         result = cls(**{key: v for key, v in value.items() if key in known})
+        for key, type_ in known.items():
+            found, wanted = getattr(result, key), _READ.get(type_, Mapping)
+            if not isinstance(found, wanted) or isinstance(found, bool):
+                raise TypeError(f"{key} is {found!r}")
         if result.status not in STATUSES:
             raise TypeError(f"no such status: {result.status!r}")
         return result

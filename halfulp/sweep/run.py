@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfulp.errors import ConfigError, HalfulpError
+from halfulp.errors import ConfigError, HalfulpError, RunError
 from halfulp.sweep.design import Design, make_design
 from halfulp.sweep.one_run import STALLED, Task, Trained, run_cell
 from halfulp.sweep.order import next_cell, seconds_of
@@ -74,8 +75,10 @@ def run_design(
     * `time_s`: no run is started that would not be done by then; 0 = no limit.
     * `timeout_s`: a run without a step for so long is ended, and tried once more.
 
-    A run that fails is a result. Raises ConfigError and RunError as `open_store` and `run_tasks`;
-    the results so far are kept, and the same call goes on.
+    A run that fails is a result, and one that was lost in an earlier call is tried again. Raises
+    ConfigError and RunError as `open_store` and `run_tasks`, ConfigError when the reference is
+    refused, and RunError when a run finds the machine unfit twice (no space, no data). The results
+    so far are kept, and the same call goes on.
     """
     if jobs < 0 or time_s < 0 or timeout_s <= 0:
         raise ConfigError("jobs and the time cannot be negative, and a timeout must be above 0.")
@@ -86,13 +89,16 @@ def run_design(
     for line in stored.damaged:
         state.tell("damaged", message=line)
     try:
+        _check_reference(design, stored.results)
         _prepare(design)
-        state.tell("begin", done=len(state.results), cells=len(design.cells()))
-        for outcome in run_tasks(
+        state.tell("begin", done=len(state.done), cells=len(design.cells()))
+        outcomes = run_tasks(
             run_cell, state.next_task, jobs=jobs, ray=ray,
             threads=design.config.train.threads, gpu_share=_gpu_share(design),
-        ):  # fmt: skip
-            state.take(outcome)
+        )  # fmt: skip
+        with closing(outcomes):
+            for outcome in outcomes:
+                state.take(outcome)
     finally:
         store.close()
     from halfulp.sweep.table import Table
@@ -111,10 +117,15 @@ class _State:
     on_event: OnEvent | None
     deadline: float = float("inf")
     running: set[str] = field(default_factory=set)
+    done: set[str] = field(init=False)
     tries: dict[str, int] = field(default_factory=dict)
+    afresh: set[str] = field(default_factory=set)  # whose files could not be gone on with
+
+    def __post_init__(self) -> None:
+        self.done = {id for id, result in self.results.items() if not result.lost}
 
     def next_task(self) -> Task | None:
-        cell = next_cell(self.design, self.results.values(), self.running | self.results.keys())
+        cell = next_cell(self.design, self.results.values(), self.running | self.done)
         if cell is None:
             return None
         if time.monotonic() + seconds_of(self.results.values(), cell.recipe) > self.deadline:
@@ -123,7 +134,10 @@ class _State:
         self.tries[cell.id] = self.tries.get(cell.id, 0) + 1
         self.tell("run", id=cell.id)
         path = self.store.path.absolute()
-        return Task(path, self.design.to_dict(), self.design.digest(), cell, self.timeout_s)
+        return Task(
+            path, self.design.to_dict(), self.design.digest(), cell, self.timeout_s,
+            cell.id in self.afresh,
+        )  # fmt: skip
 
     def take(self, outcome: Outcome[Task]) -> None:
         cell = outcome.task.cell
@@ -132,8 +146,10 @@ class _State:
         if result is None:
             return
         self.results[cell.id] = result
+        self.done.add(cell.id)
         self.store.add(result)
         self.tell("result", **result.to_dict())
+        _check_reference(self.design, [result])
 
     def _result(self, outcome: Outcome[Task]) -> Result | None:
         """The result of a run; None when it is to be tried once more."""
@@ -146,10 +162,20 @@ class _State:
         message = _why(outcome)
         if hung:
             message = f"no step for {self.timeout_s:g} s; its stack is in {stalled.name}"
+        unfit = isinstance(outcome.error, (HalfulpError, OSError))
         if self.tries[cell.id] < TRIES:
             self.store.note("retry", id=cell.id, message=message)
+            if unfit:
+                self.afresh.add(cell.id)
+            elif outcome.died:
+                self.store.unlock(cell.id)
             self.tell("retry", id=cell.id, message=message)
             return None
+        if unfit:
+            raise RunError(
+                f"{cell.id} cannot be run here: {message} The sweep stops, and its results are "
+                f"kept. When that is mended, go on with: halfulp sweep --resume {self.store.path}"
+            ) from outcome.error
         status = "stalled" if hung else "died"
         return Result(
             id=cell.id, recipe=cell.recipe, lr=cell.lr, seed=cell.seed, data=cell.data,
@@ -166,6 +192,16 @@ class _State:
     def tell(self, event: str, **fields: Any) -> None:
         if self.on_event is not None:
             self.on_event({"event": event, **fields})
+
+
+def _check_reference(design: Design, results: Sequence[Result]) -> None:
+    """ConfigError when the reference was refused: nothing could be compared."""
+    for result in results:
+        if result.status == "refused" and result.recipe == design.reference:
+            raise ConfigError(
+                f"the reference {result.recipe} cannot be trained on {result.data}: "
+                f"{result.message} Mend that, or name another --reference in a new sweep."
+            )
 
 
 def _why(outcome: Outcome[Task]) -> str:
@@ -185,7 +221,9 @@ def _prepare(design: Design) -> None:
     for sources in design.data.values():
         section = design.config.data
         section = replace(section, source=sources) if sources else section
-        open_data(section.corpus(), cache_directory() / "data")
+        data = open_data(section.corpus(), cache_directory() / "data")
+        for split in ("train", "val"):
+            data.windows(split, section.length)
 
 
 def _gpu_share(design: Design) -> float:

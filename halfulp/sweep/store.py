@@ -64,6 +64,10 @@ class Store:
         """Write what else has happened."""
         self._run.write(event, **fields)
 
+    def unlock(self, id: str) -> None:
+        """Let a run be written whose process is known to have died, on whatever machine."""
+        (self.runs / id / "writer.lock").unlink(missing_ok=True)
+
     def close(self) -> None:
         """Let another process write."""
         self._run.close()
@@ -89,11 +93,23 @@ def open_store(
         stored = Stored(path, design, (), ())
     run.continue_with = f"halfulp sweep --resume {path}"
     store = Store(run)
-    store.policies.mkdir(exist_ok=True)
-    for name, text in design.policies.items():
-        (store.policies / name).write_text(text, encoding="utf-8")
     store.note("start", command=list(command), done=len(stored.results))
+    try:
+        write_policies(store.policies, design)
+    except OSError as error:
+        store.close()
+        raise RunError(
+            f"cannot write {store.policies}: {error.strerror}. Make room and go on with: "
+            f"{run.continue_with}"
+        ) from error
     return store, stored
+
+
+def write_policies(folder: Path, design: Design) -> None:
+    """Lay the policy files of `design` into `folder`."""
+    folder.mkdir(exist_ok=True)
+    for name, text in design.policies.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def is_sweep(path: Path) -> bool:
@@ -116,7 +132,7 @@ def read_sweep(path: Path) -> Stored:
     if "sweep" not in content:
         raise RunError(f"{path} is a run and no sweep. Give the directory of `halfulp sweep`.")
     design = Design.from_dict(content)
-    known = {cell.id for cell in design.cells()}
+    known = {cell.id: cell for cell in design.cells()}
     found: dict[str, Result] = {}
     damaged: list[str] = []
     for event in run.events("result", damaged=damaged):
@@ -125,7 +141,7 @@ def read_sweep(path: Path) -> Stored:
         except (KeyError, TypeError) as error:
             damaged.append(f"a result in {run.path / 'events.jsonl'} cannot be read ({error})")
             continue
-        if result.id in known:
+        if known.get(result.id) == Cell(result.recipe, result.lr, result.seed, result.data):
             found[result.id] = result
         else:
             damaged.append(f"{result.id} in {run.path / 'events.jsonl'} is no run of the design")

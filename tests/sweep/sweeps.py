@@ -1,0 +1,151 @@
+"""Small sweeps, run in this process, and runs that go wrong in workers."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from halfulp.errors import RunError
+from halfulp.sweep.design import Design, make_design
+from halfulp.sweep.one_run import Task, Trained, run_cell
+from halfulp.sweep.result import Result
+from halfulp.tasks import Outcome
+from halfulp.train.config import TrainConfig, load_config
+from halfulp.train.tree import merge
+
+WORDS = ["loss", "round", "off", "error", "step", "bit", "scale", "block", "norm", "head"]
+DULL = ("wall_seconds", "seconds")  # of a Result: what differs between two equal sweeps
+
+
+def write_corpus(folder: Path, seed: int = 0) -> Path:
+    """24 small texts with something to learn in them."""
+    chance = random.Random(seed)
+    folder.mkdir()
+    for i in range(24):
+        (folder / f"{i}.txt").write_text(" ".join(chance.choice(WORDS) for _ in range(300)))
+    return folder
+
+
+def config_of(corpus: Path, **sections: Any) -> TrainConfig:
+    """Eight steps of a model with two layers."""
+    base = {
+        "model": {"preset": "llama-tiny", "hidden": 32},
+        "data": {"source": [str(corpus)], "length": 16, "val_fraction": 0.1},
+        "train": {
+            "steps": 8, "rows": 2, "eval_every": 0, "eval_batches": 1, "checkpoint_every": 4,
+            "count_every": 0, "device": "cpu",
+        },
+        "sharpness": {"every": 0},
+    }  # fmt: skip
+    return load_config(merge(base, sections))
+
+
+def design_of(corpus: Path, **options: Any) -> Design:
+    """Two recipes, two rates, two seeds."""
+    given = {"recipes": ["fp32", "te_current"], "lrs": [1e-3, 1e-2], "seeds": 2} | options
+    return make_design(given.pop("config", config_of(corpus)), **given)
+
+
+def same(result: Result) -> dict[str, Any]:
+    """What two equal runs share, with nan as text: it equals itself."""
+    facts = {k: v for k, v in result.to_dict().items() if k not in DULL}
+    return {k: str(v) if v != v else v for k, v in facts.items()}
+
+
+def facts_of(results) -> dict[str, dict[str, Any]]:
+    """`same` by id; no id occurs twice."""
+    results = list(results)
+    found = {result.id: same(result) for result in results}
+    assert len(found) == len(results)
+    return found
+
+
+def serially(function: Callable, next_task: Callable, **options: Any) -> Iterator[Outcome]:
+    """As run_tasks, in this process."""
+    while (task := next_task()) is not None:
+        try:
+            outcome = Outcome(task, function(task))
+        except Exception as error:
+            outcome = Outcome(task, error=error)
+        yield outcome
+
+
+def flagged(task: Task, name: str) -> bool:
+    """Whether this is the first call with that `name` in the sweep of `task`."""
+    try:
+        (task.path.parent / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def killed_once(task: Task) -> Trained:
+    """The worker is killed in the middle of one run: it has just written a checkpoint."""
+    if task.cell.recipe == "te_current" and flagged(task, "killed"):
+        _at_checkpoint(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return run_cell(task)
+
+
+def hangs_once(task: Task) -> Trained:
+    """One run hangs, without letting other threads run, after its fourth step."""
+    if task.cell.recipe == "te_current" and flagged(task, "hung"):
+        _at_checkpoint(_hold)
+    return run_cell(task)
+
+
+def hangs(task: Task) -> Trained:
+    """The runs of te_current at one rate hang."""
+    if task.cell.recipe == "te_current" and task.cell.lr == 1e-2:
+        _at_checkpoint(_hold)
+    return run_cell(task)
+
+
+def dies(task: Task) -> Trained:
+    """The runs of te_current at one rate end their process."""
+    if task.cell.recipe == "te_current" and task.cell.lr == 1e-2:
+        os._exit(7)
+    return run_cell(task)
+
+
+def full_disk(task: Task) -> Trained:
+    """The machine has no room for the runs of te_current."""
+    if task.cell.recipe == "te_current":
+        raise RunError("cannot write to events.jsonl: No space left on device. Make room.")
+    return run_cell(task)
+
+
+def slow(task: Task) -> Trained:
+    """A run that leaves time for a signal."""
+    _at_checkpoint(lambda: time.sleep(0.5))
+    return run_cell(task)
+
+
+def blind(task: Task) -> Trained:
+    """A worker that does not see the directory of the sweep."""
+    from dataclasses import replace
+
+    return run_cell(replace(task, path=Path("/nowhere/sweep")))
+
+
+def _at_checkpoint(act: Callable[[], object]) -> None:
+    """`act` after the next checkpoint of this process, once."""
+    from halfulp.train import checkpoint
+
+    save = checkpoint.save
+
+    def saved(*arguments: Any, **options: Any) -> Path:
+        checkpoint.save = save
+        path = save(*arguments, **options)
+        act()
+        return path
+
+    checkpoint.save = saved
+
+
+def _hold() -> None:
+    import ctypes
+
+    ctypes.PyDLL(None).sleep(600)  # PyDLL keeps the lock of the interpreter
