@@ -29,7 +29,7 @@ _EXPORTS = {
 }
 
 
-_ROOMS = ("check", "sharpness", "sweep")  # packages that can be called
+_ROOMS = ("check", "plan", "sharpness", "sweep")  # packages that can be called
 
 
 def __getattr__(name: str) -> Any:

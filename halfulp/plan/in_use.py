@@ -1,0 +1,135 @@
+"""The law that a plan uses: one of laws.toml, or a fit of one's own runs, with its band."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from halfulp.errors import PlanError
+from halfulp.plan.chinchilla import Chinchilla, chinchilla
+from halfulp.plan.laws import LOSS_KINDS, Law, law_names, load_law
+from halfulp.plan.repetition import Repetition, repetition
+
+FEWEST_DRAWS = 100  # refits needed for the ends of a band
+BAND = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LawInUse:
+    """A law of the loss, the decay of repeated tokens, and refits of the law on resampled runs.
+
+    `draws` scatter around `center`, the fit to all runs; without them there is no band.
+    """
+
+    law: Law
+    repeat: Repetition
+    center: Chinchilla
+    draws: tuple[Chinchilla, ...] = ()
+
+    @property
+    def plain(self) -> Chinchilla:
+        """The law without repetition."""
+        return self.repeat.law
+
+    @property
+    def about_band(self) -> str:
+        """How the band was made, or why there is none."""
+        if not self.draws:
+            return f"{self.law.name}: no errors that could make a band are published"
+        return (
+            f"{BAND:.0%} of {len(self.draws)} refits on resampled runs: the error of the law "
+            "alone, without that of a seed, of your data or of your tokenizer"
+        )
+
+    def loss(self, n: float, d: float, unique: float) -> float:
+        """Nats per token of `n` parameters after `d` tokens of which `unique` are different."""
+        return self.repeat.loss(n, d, unique)
+
+    def band(self, n: float, d: float, unique: float) -> tuple[float, float] | None:
+        """The lower and upper end of the band of `loss`; None where the law has no draws."""
+        if not self.draws:
+            return None
+        import numpy as np
+
+        def of(law: Chinchilla) -> float:
+            decays = self.repeat.tokens_decay, self.repeat.parameters_decay
+            return Repetition(law, *decays).loss(n, d, unique)
+
+        shifts = np.array([of(law) for law in self.draws]) - of(self.center)
+        low, high = np.quantile(shifts, [(1 - BAND) / 2, (1 + BAND) / 2])
+        expected = self.loss(n, d, unique)
+        return expected + float(low), expected + float(high)
+
+
+def open_law(name: str) -> LawInUse:
+    """The law `name` of laws.toml, or the fit in a .json file, or a fit to the runs in a .csv file.
+
+    Raises PlanError for an unknown law, one that is no law of the loss, and an unusable file.
+    """
+    if name.endswith((".json", ".csv")):
+        return _from_fit(_read_fit(Path(name)), Path(name).name)
+    law = load_law(name)
+    if law.kind not in LOSS_KINDS:
+        known = ", ".join(law_names(*LOSS_KINDS))
+        raise PlanError(
+            f"law {name!r} does not give a loss for parameters and tokens that could be planned "
+            f"with. Those that do: {known}; or a fit of your own runs (.json or .csv)."
+        )
+    plain = chinchilla(name)
+    center, draws = _refits() if name == "epoch" else (plain, ())
+    return LawInUse(law=law, repeat=repetition(plain), center=center, draws=draws)
+
+
+@cache
+def _refits() -> tuple[Chinchilla, tuple[Chinchilla, ...]]:
+    text = (resources.files("halfulp.plan") / "epoch_draws.toml").read_text(encoding="utf-8")
+    table = tomllib.loads(text)
+    return Chinchilla(*table["fit"]), tuple(Chinchilla(*row) for row in table["draws"])
+
+
+def _read_fit(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".csv":
+        from halfulp.plan.fit import fit_file
+
+        return fit_file(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(
+            f"the fit {path} cannot be read: {error.strerror}. `halfulp plan fit runs.csv -o "
+            "fit.json` makes one."
+        ) from error
+    except ValueError as error:
+        raise PlanError(f"{path} is no JSON: {error}. Write it with `halfulp plan fit`.") from error
+    return found
+
+
+def _from_fit(table: Mapping[str, Any], name: str) -> LawInUse:
+    try:
+        values = {key: float(value) for key, value in table["coefficients"].items()}
+        plain = Chinchilla(**{key: values[key] for key in ("E", "A", "B", "alpha", "beta")})
+        draws = tuple(Chinchilla(*map(float, row)) for row in table["draws"])
+        ranges = {key: (float(a), float(b)) for key, (a, b) in table["ranges"].items()}
+        runs = int(table["runs"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PlanError(
+            f"{name} is no fit ({error!r} is missing or wrong). Write it with `halfulp plan fit "
+            "runs.csv -o fit.json`."
+        ) from error
+    law = Law(
+        name=name,
+        kind="loss",
+        title=f"fit of {runs} runs",
+        formula=load_law("epoch").formula,
+        source=str(table.get("source", name)),
+        read="source",
+        coefficients=values,
+        ranges=ranges,
+        notes=tuple(str(note) for note in table.get("notes", ())),
+    )
+    kept = draws if len(draws) >= FEWEST_DRAWS else ()
+    return LawInUse(law=law, repeat=repetition(plain), center=plain, draws=kept)
