@@ -9,7 +9,7 @@ from halfulp.corpus.hll import Hll
 from halfulp.corpus.keys import MOST, NEW_DOCUMENT, Stream
 from halfulp.corpus.native import near
 from halfulp.corpus.near import Hits, Task
-from halfulp.corpus.sample import Sample
+from halfulp.corpus.theta import Theta
 from halfulp.errors import DataError
 
 
@@ -17,8 +17,8 @@ class Counter:
     """Distinct n-grams of a stream of documents, for several n at once; none crosses a document.
 
     `sketches` and `occurrences` by n; `tokens` and `documents` taken so far. `apart`: only
-    n-grams that begin at a multiple of n in their document (windows). `samples` by n, each of
-    `capacity` n-grams; empty without a capacity.
+    n-grams that begin at a multiple of n in their document (windows). `samples` by n, each of at
+    most 2^lg_capacity n-grams; empty without lg_capacity.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Counter:
         *,
         lg_k: int = 14,
         apart: bool = False,
-        capacity: int | None = None,
+        lg_capacity: int | None = None,
     ) -> None:
         self.orders = _checked(orders)
         self.apart = apart
@@ -38,7 +38,8 @@ class Counter:
         registers = np.zeros((len(self.orders), 1 << lg_k), np.uint8)
         for row, n in enumerate(self.orders):
             self.sketches[n].registers = registers[row]
-        self.samples = {n: Sample(capacity) for n in self.orders} if capacity else {}
+        sampled = self.orders if lg_capacity else ()
+        self.samples = {n: Theta(lg_capacity or 0) for n in sampled}
         self._near = near(Task(self.orders, apart, lg_k, registers))
 
     @property
@@ -65,7 +66,7 @@ class Counter:
     def merge(self, other: "Counter") -> None:
         """Take in all that `other` counted, as documents of their own.
 
-        DataError for other orders, lg_k, `apart` or capacity.
+        DataError for other orders, lg_k, `apart` or lg_capacity.
         """
         mine, theirs = ((c.orders, c.apart, len(c.samples)) for c in (self, other))
         if mine != theirs:
@@ -84,7 +85,7 @@ class Counter:
     def _sample(self, hits: Hits) -> None:
         bounds = np.searchsorted(hits.rows, range(len(self.orders) + 1)) if self.samples else ()
         for sample, (low, high) in zip(self.samples.values(), pairwise(bounds), strict=True):
-            sample.add(hits.h2[low:high], hits.documents[low:high])
+            sample.add(hits.h2[low:high])
 
 
 def _checked(orders: Sequence[int]) -> tuple[int, ...]:

@@ -124,9 +124,10 @@ class Stream:
         return block
 
 
-def prefix(block: Block, work: np.ndarray, factor: int = 1) -> np.ndarray:
+def prefix(block: Block, work: np.ndarray | None = None, factor: int = 1) -> np.ndarray:
     """Keys · factor of the first 0, 1, 2 … tokens, [tokens + 1] uint64; work [2, tokens + 1]."""
     size = len(block.tokens)
+    work = np.empty((2, size + 1), np.uint64) if work is None else work
     work[0, 0] = 0
     mixed, scratch = work[:, 1:]
     np.add(block.tokens, np.uint64(OFFSET), out=mixed, dtype=np.uint64)
@@ -138,13 +139,29 @@ def prefix(block: Block, work: np.ndarray, factor: int = 1) -> np.ndarray:
     return work[0]
 
 
+def first_end(block: Block, n: int) -> int:
+    """The first position in the block where an n-gram can end."""
+    return min(max(n - 1, block.context), len(block.tokens))
+
+
+def ngram_keys(block: Block, sums: np.ndarray, n: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Keys of the n-grams ending at first_end(block, n) and after, documents ignored.
+
+    `sums` from `prefix`; its factor is theirs too. `out` [tokens]: where to write them.
+    """
+    size, first = len(block.tokens), first_end(block, n)
+    out = np.empty(size - first, np.uint64) if out is None else out[: size - first]
+    np.multiply(sums[first + 1 - n : size + 1 - n], pow(BASE, n, 1 << 64), out=out)
+    return np.subtract(sums[first + 1 :], out, out=out)
+
+
 def span_keys(symbols: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Keys of the spans symbols[starts[i]:ends[i]], as if each were an n-gram; 0 for an empty one.
 
     Needs 32 bytes of memory per symbol: give stretches, and join the keys of a cut span.
     """
     block = Block(unsigned(symbols), 0, np.zeros(1, np.int64), 0)
-    sums = prefix(block, np.empty((2, len(symbols) + 1), np.uint64))
+    sums = prefix(block)
     longest = int((ends - starts).max(initial=0))
     return sums[ends] - sums[starts] * powers(BASE, 1 << longest.bit_length())[ends - starts]
 

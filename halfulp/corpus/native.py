@@ -10,7 +10,7 @@ from halfulp.corpus.keys import BLOCK, MOST, Block
 from halfulp.corpus.near import Hits, NumpyNear, Task
 from halfulp.numerics.kernel import attempt, build
 
-_SEEN = 4096  # of ngrams.c
+_SEEN = 16384  # of ngrams.c
 
 
 class _Job(ctypes.Structure):
@@ -21,9 +21,10 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("width", "size", "context")),
         *((name, ctypes.c_void_p) for name in ("starts", "orders")),
         *((name, ctypes.c_int64) for name in ("documents", "rows", "apart", "lg_k")),
-        *((name, ctypes.c_void_p) for name in ("registers", "cuts", "sums", "seen")),
-        ("document", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("hit_rows", "hit_documents", "hits")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("registers", "cuts", "sums", "seen", "hit_rows", "hits")
+        ),
     )
 
 
@@ -36,27 +37,25 @@ class NativeNear:
         self._orders = np.asarray(task.orders, np.int64)
         self._sums = np.empty(BLOCK + MOST + 1, np.uint64)
         self._seen = np.empty(0, np.uint64)
-        self._hits = np.empty((3, 0), np.int64)
+        self._hits = np.empty((2, 0), np.int64)
 
     def feed(self, block: Block, cuts: np.ndarray) -> Hits:
         """Raise the registers; the hits are the n-grams with h2 ≤ cuts [orders] uint64, cut > 0."""
         task = self._task
         if cuts.any() and not self._hits.size:
-            self._hits = np.empty((3, len(task.orders) * BLOCK), np.int64)
+            self._hits = np.empty((2, len(task.orders) * BLOCK), np.int64)
             self._seen = np.zeros((len(task.orders), _SEEN), np.uint64)
-        arrays = (task.registers, cuts, self._sums, self._seen)
+        arrays = (task.registers, cuts, self._sums, self._seen, *self._hits)
         job = _Job(
             block.tokens.ctypes.data,
             *(block.tokens.itemsize, len(block.tokens), block.context),
             *(block.starts.ctypes.data, self._orders.ctypes.data),
             *(len(block.starts), len(task.orders), task.apart, task.lg_k),
             *(array.ctypes.data for array in arrays),
-            block.document,
-            *(array.ctypes.data for array in self._hits),
         )
         count = self._library.halfulp_ngrams(ctypes.byref(job))
-        rows, documents, h2 = self._hits[:, :count].copy()
-        return Hits(rows, documents, h2.view(np.uint64))
+        rows, h2 = self._hits[:, :count].copy()
+        return Hits(rows, h2.view(np.uint64))
 
 
 def near(task: Task) -> NumpyNear | NativeNear:

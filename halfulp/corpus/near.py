@@ -10,20 +10,19 @@ import numpy as np
 
 from halfulp.corpus import murmur
 from halfulp.corpus.hll import raise_registers, slots_of
-from halfulp.corpus.keys import BASE, BLOCK, MOST, Block, prefix
+from halfulp.corpus.keys import BLOCK, MOST, Block, first_end, ngram_keys, prefix
 
 LARGEST_HASH = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class Hits:
-    """Sampled n-grams, each [hits]: `rows` index of n, ascending, `documents` number, `h2` hash.
+    """N-grams with a low hash, each [hits]: `rows` index of n, ascending, `h2` uint64.
 
-    One that occurs in a document several times may be there once or several times.
+    One that occurs several times may be there once or several times.
     """
 
     rows: np.ndarray
-    documents: np.ndarray
     h2: np.ndarray
 
 
@@ -65,18 +64,16 @@ class NumpyNear:
             task.registers.reshape(-1), slots_of(h1, task.lg_k) + (rows << task.lg_k), h2
         )
         hit = np.flatnonzero((h2 <= cuts[rows]) & (cuts[rows] > 0)) if cuts.any() else slice(0)
-        return Hits(rows[hit], block.document + block.owner(ends[hit]), h2[hit])
+        return Hits(rows[hit], h2[hit])
 
 
 def _near(
     block: Block, sums: np.ndarray, n: int, bound: int, work: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ends, and hashes but for the last step, of all n-grams with h2 ≤ bound and a few others."""
-    size = len(block.tokens)
-    first = min(max(n - 1, block.context), size)
-    a, b, scratch = work[:, : size - first]
-    np.multiply(sums[first + 1 - n : size + 1 - n], pow(BASE, n, 1 << 64), out=a)
-    np.subtract(sums[first + 1 :], a, out=a)
+    first = first_end(block, n)
+    a, b, scratch = work[:, : len(block.tokens) - first]
+    ngram_keys(block, sums, n, out=a)
     murmur.halves(a, b, scratch)
     near = murmur.at_most(a, b, bound, scratch)
     return near + first, a[near], b[near]

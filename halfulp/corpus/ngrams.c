@@ -6,15 +6,15 @@
 #define OFFSET 0x9e3779b97f4a7c15u
 #define START (9001u ^ 8u) /* Murmur's seed and the length of a key */
 #define GROUP 128
-#define SEEN 4096
+#define SEEN 16384
 
 typedef struct {
     const void *tokens; int64_t width, size, context; /* bytes of a token; tokens; those before the fresh ones */
     const int64_t *starts, *orders; int64_t documents, rows, apart, lg_k;
     uint8_t *registers;   /* [rows][2^lg_k] */
     const uint64_t *cuts; /* [rows]: n-grams with h2 <= cut are handed back; 0: none */
-    uint64_t *sums, *seen; /* scratch [size + 1]; [rows][SEEN]: pairs of hash and document handed back lately */
-    int64_t document, *hit_rows, *hit_documents; uint64_t *hits; /* of starts[0]; what is handed back */
+    uint64_t *sums, *seen; /* scratch [size + 1]; [rows][SEEN]: hashes handed back lately */
+    int64_t *hit_rows; uint64_t *hits; /* what is handed back */
 } Job;
 
 INLINE uint64_t fmix(uint64_t x) {
@@ -47,15 +47,15 @@ INLINE void hash(const uint64_t *ends, const uint64_t *begins, uint64_t power, i
     }
 }
 
-/* Index of the document in which the n-gram lies, or -1. */
-INLINE int64_t owner(const Job *job, int64_t end, int64_t n) {
+/* Whether the n-gram lies in one document (and begins at a multiple of n in it). */
+INLINE int inside(const Job *job, int64_t end, int64_t n) {
     int64_t low = 0, high = job->documents;
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
         if (job->starts[middle] <= end) low = middle; else high = middle;
     }
     const int64_t length = end - job->starts[low] + 1;
-    return length >= n && (!job->apart || length % n == 0) ? low : -1;
+    return length >= n && (!job->apart || length % n == 0);
 }
 
 INLINE uint64_t largest_that_counts(const uint8_t *registers, int64_t count) {
@@ -70,18 +70,13 @@ typedef struct { const Job *job; uint8_t *registers; int64_t row, n; uint64_t cu
 INLINE int64_t take(const Row *r, int64_t end, uint64_t h1, uint64_t h2, int64_t hits) {
     uint8_t *here = r->registers + (h1 & (((uint64_t)1 << r->job->lg_k) - 1));
     const int zeros = h2 ? __builtin_clzll(h2) : 64, rank = zeros > 62 ? 63 : zeros + 1;
-    const int higher = rank > *here, hit = h2 <= r->cut && r->cut;
-    if (!(higher | hit)) return hits;
-    int64_t document = owner(r->job, end, r->n);
-    if (document < 0) return hits;
+    uint64_t *seen = r->job->seen + r->row * SEEN + h2 % SEEN;
+    const int higher = rank > *here, hit = r->cut && h2 <= r->cut && *seen != h2;
+    if (!(higher | hit) || !inside(r->job, end, r->n)) return hits;
     if (higher) *here = rank;
     if (!hit) return hits;
-    document += r->job->document;
-    const uint64_t pair = h2 + (uint64_t)document * OFFSET;
-    uint64_t *seen = r->job->seen + r->row * SEEN + (pair >> 1) % SEEN;
-    if (*seen == pair) return hits;
-    *seen = pair;
-    r->job->hit_rows[hits] = r->row; r->job->hit_documents[hits] = document; r->job->hits[hits] = h2;
+    *seen = h2;
+    r->job->hit_rows[hits] = r->row; r->job->hits[hits] = h2;
     return hits + 1;
 }
 
