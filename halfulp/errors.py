@@ -42,6 +42,12 @@ class PlanError(HalfulpError):
     """A budget, scaling law or corpus size that cannot be planned with."""
 
 
+class NothingLeftError(DataError):
+    """A corpus of which nothing can be read."""
+
+    exit_code = 3
+
+
 class PolicyError(HalfulpError):
     """A policy, rule, recipe or block map that does not decide every GEMM."""
 

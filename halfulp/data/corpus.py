@@ -45,13 +45,13 @@ def list_files(source: Sequence[str]) -> Listing:
     skipped: list[str] = []
     for item in source:
         try:
-            found = _stdlib() if item == STDLIB else _named(Path(item).expanduser(), skipped)
+            found = stdlib_files() if item == STDLIB else _named(Path(item).expanduser(), skipped)
         except OSError as error:
             raise DataError(
                 f"the source {item} cannot be read: {error}. Check it and its permissions."
             ) from error
         files.extend(found)
-    _refuse_mixture(files)
+    refuse_mixture(files)
     return Listing(tuple(files), tuple(skipped))
 
 
@@ -79,7 +79,8 @@ def missing(path: Path, what: str) -> DataError:
     return DataError(f"{what} {path} does not exist; the nearest path is {nearest}. Fix the path.")
 
 
-def _stdlib() -> list[SourceFile]:
+def stdlib_files() -> list[SourceFile]:
+    """The modules of the running Python's own library, sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, inner, names in os.walk(root):
@@ -112,11 +113,11 @@ def _named(path: Path, skipped: list[str]) -> list[SourceFile]:
 
 def _folder(root: Path, skipped: list[str]) -> list[SourceFile]:
     files = []
-    for path in _walk(root):
+    for path in walk(root):
         kind, name = kind_of(path), path.relative_to(root).as_posix()
         if kind == "text" and b"\0" in first_bytes(path):
             skipped.append(str(path))
-        elif not _is_companion(path):
+        elif not is_companion(path):
             files.append(SourceFile(kind, path, name))
     if not files:
         raise DataError(
@@ -126,7 +127,8 @@ def _folder(root: Path, skipped: list[str]) -> list[SourceFile]:
     return files
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def walk(root: Path) -> Iterator[Path]:
+    """The files below `root`, sorted by relative name, without hidden ones. OSError passes."""
     found = []
     for folder, inner, names in os.walk(root, onerror=_raise):
         inner[:] = [name for name in inner if not name.startswith(".")]
@@ -139,7 +141,7 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _is_companion(path: Path) -> bool:
+def is_companion(path: Path) -> bool:
     """Whether a token file beside this one speaks for it."""
     if path.suffix == ".idx":
         return path.with_suffix(".bin").is_file()
@@ -148,7 +150,8 @@ def _is_companion(path: Path) -> bool:
     return path.name == "meta.json" and any(path.parent.glob("*.bin"))
 
 
-def _refuse_mixture(files: Sequence[SourceFile]) -> None:
+def refuse_mixture(files: Sequence[SourceFile]) -> None:
+    """DataError when text and token files are mixed."""
     tokens = [file for file in files if file.kind == "tokens"]
     text = [file for file in files if file.kind != "tokens"]
     if tokens and text:

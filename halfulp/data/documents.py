@@ -5,7 +5,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from halfulp.data.corpus import SourceFile
@@ -62,14 +62,19 @@ def _pieces(text: str) -> Iterator[Piece]:
 
 
 def _text(file: SourceFile) -> Iterator[Piece]:
-    held = ""
     with open_stream(file.path) as stream:
-        for text in _decoded(file, blocks(stream)):
-            held += text
-            while len(held) > PIECE:
-                end = cut(held)
-                yield Piece(held[:end], False)
-                held = held[end:]
+        yield from in_pieces(_decoded(file, blocks(stream)))
+
+
+def in_pieces(texts: Iterable[str]) -> Iterator[Piece]:
+    """The pieces of the document that `texts` make up, end to end."""
+    held = ""
+    for text in texts:
+        held += text
+        while len(held) > PIECE:
+            end = cut(held)
+            yield Piece(held[:end], False)
+            held = held[end:]
     yield Piece(held, True)
 
 
@@ -152,7 +157,7 @@ def _json_text(file: SourceFile, number: int, line: bytes, key: str) -> str:
     if key not in row:
         raise DataError(
             f"{place} has no key {key!r}; its keys are {_names(row)}. "
-            "Set data.text_key to the one that holds the text."
+            "Give the one that holds the text as text_key."
         )
     return _checked(row[key], place, key)
 
@@ -179,7 +184,7 @@ def _check_column(file: SourceFile, pyarrow: Any, schema: Any, key: str) -> None
     if key not in schema.names:
         raise DataError(
             f"{file.path} has no column {key!r}; its columns are {_names(schema.names)}. "
-            "Set data.text_key to the one that holds the text."
+            "Give the one that holds the text as text_key."
         )
     kind = schema.field(key).type
     types = pyarrow.types
@@ -188,7 +193,7 @@ def _check_column(file: SourceFile, pyarrow: Any, schema: Any, key: str) -> None
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
         raise DataError(
             f"the column {key!r} of {file.path} holds {kind}, and text is needed. "
-            f"Set data.text_key to a column of strings; the columns are {_names(schema.names)}."
+            f"Give a column of strings as text_key; the columns are {_names(schema.names)}."
         )
 
 
@@ -196,7 +201,7 @@ def _checked(value: object, place: str, key: str) -> str:
     if not isinstance(value, str):
         raise DataError(
             f"{key!r} at {place} is a {type(value).__name__}, and text is needed. "
-            "Set data.text_key to a key that holds text, or drop the row."
+            "Give a key that holds text as text_key, or drop the row."
         )
     try:
         value.encode()

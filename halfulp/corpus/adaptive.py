@@ -1,0 +1,144 @@
+"""Which keys occur in which units of a corpus: exact while it fits, else an adaptive sample.
+
+Adaptive sampling (Wegman; Flajolet 1990, Computing 43): keep the keys below a threshold that is
+halved whenever they become too many. Keys are uniform 64-bit hashes, so that the kept ones are a
+random share of the distinct ones, whatever the order and however the corpus was sharded.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+MOST_UNITS = 13  # remembered of each key: f_1 … f_12 need to know whether there are more than 12
+_WAITING = 1 << 16  # occurrences that wait for the next sort
+_SLOTS = 1 << 16
+_LAST = np.uint32(2**32 - 1)
+_NOWHERE = np.uint64(2**64 - 1)
+
+
+@dataclass
+class Sample:
+    """At most `limit` distinct keys, each with the smallest priorities of the units that hold it.
+
+    `keys`, `priorities` [pairs], sorted: a key stands once for each of its units, at most
+    MOST_UNITS times, those of the smallest priorities. `first` [distinct keys]: the smallest place.
+    A key is kept when it is below 2^(64 − shift). Call `settle` before reading.
+    """
+
+    limit: int
+    shift: int = 0
+    keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    priorities: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
+    first: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+
+    def __post_init__(self) -> None:
+        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._count = 0
+        self._full_keys = np.zeros(0, np.uint64)
+        self._full_bounds = np.zeros(0, np.uint32)
+
+    def chosen(self, keys: np.ndarray) -> np.ndarray:
+        """Positions of the keys that are below the threshold."""
+        if not self.shift:
+            return np.arange(len(keys))
+        return np.flatnonzero(keys < np.uint64(1 << (64 - self.shift)))
+
+    def add(self, keys: np.ndarray, priorities: np.ndarray, places: np.ndarray) -> None:
+        """Occurrences of `chosen` keys: the priority of the unit and the place of each, [n]."""
+        if len(self._full_keys):
+            slots = keys & np.uint64(_SLOTS - 1)
+            known = (self._full_keys[slots] == keys) & (priorities >= self._full_bounds[slots])
+            kept = np.flatnonzero(~known)
+            keys, priorities, places = keys[kept], priorities[kept], places[kept]
+        if len(keys):
+            self._waiting.append((keys, priorities, places))
+            self._count += len(keys)
+        if self._count >= _WAITING:
+            self.settle()
+
+    def merge(self, other: "Sample") -> None:
+        """Take in what `other` saw, as if it had been added here."""
+        other.settle()
+        self.shift = max(self.shift, other.shift)
+        places = np.full(len(other.keys), _NOWHERE)
+        places[key_starts(other.keys)] = other.first
+        kept = self.chosen(other.keys)
+        self._waiting.append((other.keys[kept], other.priorities[kept], places[kept]))
+        self.settle()
+
+    def settle(self) -> None:
+        """Sort in what waits, and halve the threshold while there are more than `limit` keys."""
+        if not self._waiting:
+            return
+        places = np.full(len(self.keys), _NOWHERE)
+        places[key_starts(self.keys)] = self.first
+        parts = [(self.keys, self.priorities, places), *self._waiting]
+        self._waiting, self._count = [], 0
+        keys, priorities, places = (np.concatenate(part) for part in zip(*parts, strict=True))
+        order = _order(keys, priorities)
+        keys, priorities, places = keys[order], priorities[order], places[order]
+        starts = key_starts(keys)
+        distinct, first = keys[starts], np.minimum.reduceat(places, starts)
+        while (count := len(self.chosen(distinct))) > self.limit:
+            self.shift += 1
+        stop = starts[count] if count < len(starts) else len(keys)
+        self.first = first[:count]
+        self._keep(keys[:stop], priorities[:stop])
+
+    def _keep(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+        """Of sorted pairs: each once, and the first MOST_UNITS of each key."""
+        fresh = np.ones(len(keys), bool)
+        fresh[1:] = (keys[1:] != keys[:-1]) | (priorities[1:] != priorities[:-1])
+        keys, priorities = keys[fresh], priorities[fresh]
+        near = np.ones(len(keys), bool)
+        near[MOST_UNITS:] = keys[MOST_UNITS:] != keys[:-MOST_UNITS]
+        self.keys, self.priorities = keys[near], priorities[near]
+        self._remember_full()
+
+    def _remember_full(self) -> None:
+        """A table of keys that have MOST_UNITS units: later units can seldom change them."""
+        ends = np.append(key_starts(self.keys)[1:], len(self.keys)) - 1
+        full = ends[units_of(self.keys) == MOST_UNITS]
+        if not len(full):
+            self._full_keys = np.zeros(0, np.uint64)
+            return
+        slots = self.keys[full] & np.uint64(_SLOTS - 1)
+        self._full_keys = np.zeros(_SLOTS, np.uint64)
+        self._full_bounds = np.full(_SLOTS, _LAST)
+        self._full_keys[slots], self._full_bounds[slots] = self.keys[full], self.priorities[full]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every key is kept."""
+        return self.shift == 0
+
+    @property
+    def distinct(self) -> int:
+        """How many distinct keys there were: counted when `exact`, else estimated."""
+        return len(self.first) << self.shift
+
+    @property
+    def rel_std(self) -> float:
+        """Relative standard error of `distinct`; 0 when it was counted."""
+        return 0.0 if self.exact else math.sqrt((1 - 0.5**self.shift) / max(1, len(self.first)))
+
+
+def _order(keys: np.ndarray, priorities: np.ndarray) -> np.ndarray:
+    """np.lexsort((priorities, keys)), several times faster where few keys are equal."""
+    order = np.argsort(keys)
+    equal = np.diff(keys[order]) == 0
+    tied = np.flatnonzero(np.append(equal, False) | np.insert(equal, 0, False))
+    among = order[tied]
+    order[tied] = among[np.lexsort((priorities[among], keys[among]))]
+    return order
+
+
+def key_starts(keys: np.ndarray) -> np.ndarray:
+    """Where each distinct key begins in sorted `keys`."""
+    return np.flatnonzero(np.concatenate([[len(keys) > 0], keys[1:] != keys[:-1]])[: len(keys)])
+
+
+def units_of(keys: np.ndarray) -> np.ndarray:
+    """How many units hold each distinct key of sorted pairs, MOST_UNITS standing for more."""
+    return np.diff(np.append(key_starts(keys), len(keys)))

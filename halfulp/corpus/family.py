@@ -1,0 +1,83 @@
+"""Sequences of several lengths over one stream of words or tokens; none crosses a document."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from halfulp.corpus.adaptive import Sample
+from halfulp.corpus.keys import Block, Stream, first_end, ngram_keys, prefix
+from halfulp.corpus.tally import PLACE_BITS, Tally
+
+
+class Symbols(NamedTuple):
+    """Words or tokens [n] of some units.
+
+    `starts`: positions where documents begin. `cuts`, `priorities` [units]: how many symbols there
+    are up to the end of each unit, and its priority.
+    """
+
+    symbols: np.ndarray
+    starts: np.ndarray
+    cuts: np.ndarray
+    priorities: np.ndarray
+
+
+class Family:
+    """Tallies of the sequences of each length; `apart`: only those at multiples of it."""
+
+    def __init__(self, lengths: Sequence[int], *, limit: int, shard: int, apart: bool) -> None:
+        self.tallies = {n: Tally(Sample(limit)) for n in lengths}
+        self._stream = Stream(max(lengths))
+        self._apart = apart
+        self._shard = shard << PLACE_BITS
+        self._open = 0  # symbols of the open document so far
+
+    @property
+    def symbols(self) -> int:
+        """How many words or tokens were taken in."""
+        return self._stream.tokens
+
+    def feed(self, batch: Symbols) -> None:
+        """Count the sequences that end in these symbols."""
+        before = self._stream.tokens
+        self._count(batch)
+        begins = np.concatenate([[0], batch.cuts[:-1]])
+        places = (self._shard + before + begins).astype(np.uint64)
+        at = 0
+        for block in self._stream.blocks(batch.symbols, batch.starts):
+            sums = prefix(block)
+            for n, tally in self.tallies.items():
+                self._sample(tally, n, block, ngram_keys(block, sums, n), at, batch, places)
+            at += len(block.tokens) - block.context
+
+    def _sample(
+        self,
+        tally: Tally,
+        n: int,
+        block: Block,
+        keys: np.ndarray,
+        at: int,
+        batch: Symbols,
+        places: np.ndarray,
+    ) -> None:
+        chosen = tally.sample.chosen(keys)
+        ends = chosen + first_end(block, n)
+        inside = block.inside(ends, n, apart=self._apart)
+        chosen, ends = chosen[inside], ends[inside]
+        units = np.searchsorted(batch.cuts, ends + (at - block.context), side="right")
+        tally.sample.add(keys[chosen], batch.priorities[units], places[units])
+
+    def _count(self, batch: Symbols) -> None:
+        """Occurrences of each length in each unit, from the lengths of units and documents."""
+        documents = np.concatenate([[-self._open], batch.starts])
+        begins = np.concatenate([[0], batch.cuts[:-1]])
+        document = documents[np.searchsorted(batch.starts, begins, side="right")]
+        before, after = begins - document, batch.cuts - document
+        for n, tally in self.tallies.items():
+            if self._apart:
+                found = after // n - before // n
+            else:
+                found = np.maximum(after - n + 1, 0) - np.maximum(before - n + 1, 0)
+            tally.count(found, batch.priorities)
+        self._open = len(batch.symbols) - int(documents[-1])

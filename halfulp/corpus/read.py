@@ -1,0 +1,105 @@
+"""Files to groups of pieces of documents, in bounded memory."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from halfulp.corpus.config import CountConfig
+from halfulp.corpus.files import NotTextError, invalid_bytes, text_blocks
+from halfulp.corpus.token_pieces import TokenPiece, token_pieces
+from halfulp.data.corpus import SourceFile
+from halfulp.data.documents import Piece, in_pieces, read_documents
+from halfulp.errors import DataError
+
+FILE_BITS = 40  # of a piece's number: the rest is its place in the file
+_GROUP = {"text": 1 << 18, "tokens": 1 << 16}  # characters, tokens
+_MOST_PIECES = 4096
+
+
+class Group(NamedTuple):
+    """Consecutive pieces of documents: texts, or arrays of tokens.
+
+    `last` [pieces]: whether a piece ends its document. `numbers` [pieces] uint64 names each piece
+    in the whole corpus: file << FILE_BITS | place in the file.
+    """
+
+    pieces: Sequence[Any]
+    last: np.ndarray
+    numbers: np.ndarray
+
+
+@dataclass
+class Notes:
+    """What was met on the way; paths as text."""
+
+    skipped: dict[str, str] = field(default_factory=dict)  # and why
+    invalid: dict[str, int] = field(default_factory=dict)  # bytes that are not UTF-8
+    unmarked: list[str] = field(default_factory=list)  # token files that mark no documents
+
+    def merge(self, other: "Notes") -> None:
+        self.skipped.update(other.skipped)
+        self.invalid.update(other.invalid)
+        self.unmarked += other.unmarked
+
+
+def groups(
+    files: Iterable[tuple[int, SourceFile]], config: CountConfig, notes: Notes
+) -> Iterator[Group]:
+    """The documents of numbered files; files that are no text are left out and noted.
+
+    A piece is a document, or at most 2^18 characters or 2^16 tokens of a longer one.
+    Raises DataError, naming the place, for what is broken.
+    """
+    pieces, numbers, size = [], [], 0
+    for index, file in files:
+        room = _GROUP["tokens" if file.kind == "tokens" else "text"]
+        for place, piece in enumerate(_pieces(file, config, notes)):
+            pieces.append(piece)
+            numbers.append(index << FILE_BITS | place)
+            size += len(piece[0])
+            if size >= room or len(pieces) >= _MOST_PIECES:
+                yield _group(pieces, numbers)
+                pieces, numbers, size = [], [], 0
+    if pieces:
+        yield _group(pieces, numbers)
+
+
+def _group(pieces: Sequence[Piece | TokenPiece], numbers: Sequence[int]) -> Group:
+    contents, last = zip(*pieces, strict=True)
+    return Group(contents, np.array(last, bool), np.array(numbers, np.uint64))
+
+
+def _pieces(
+    file: SourceFile, config: CountConfig, notes: Notes
+) -> Iterator[Piece] | Iterator[TokenPiece]:
+    if not _size(file):
+        return iter(())
+    if file.kind == "tokens":
+        return token_pieces(file.path, config, notes.unmarked)
+    if file.kind == "text":
+        return _text(file, config, notes)
+    return read_documents(file, config.text_key)
+
+
+def _text(file: SourceFile, config: CountConfig, notes: Notes) -> Iterator[Piece]:
+    if not config.force_bytes:
+        try:
+            invalid = invalid_bytes(file.path)
+        except NotTextError as error:
+            notes.skipped[str(file.path)] = str(error)
+            return
+        if invalid:
+            notes.invalid[str(file.path)] = invalid
+    yield from in_pieces(text_blocks(file.path))
+
+
+def _size(file: SourceFile) -> int:
+    try:
+        return file.path.stat().st_size
+    except OSError as error:
+        raise DataError(
+            f"{file.path} cannot be read: {error.strerror or error}. "
+            "Check the file and its permissions."
+        ) from error

@@ -1,0 +1,66 @@
+"""What is counted of one definition, in the order of the units' priorities.
+
+A unit is a document, or a piece of a long one. Its priority is a hash, so that the units of the
+lowest priorities are a random part of the corpus, whatever order its files are in: the growth
+curve needs no shuffling.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from halfulp.corpus import murmur
+from halfulp.corpus.adaptive import Sample, key_starts
+
+STEPS = 65  # parts of 2^(−j/2), j = 0 … 64
+PLACE_BITS = 40  # of a place: the rest is the shard
+
+
+@dataclass
+class Tally:
+    """Occurrences and a sample of the distinct ones.
+
+    `steps` [STEPS] int64: the occurrences in units whose priority lies in part 2^(−j/2) of the
+    range and not in the next smaller one.
+    """
+
+    sample: Sample
+    steps: np.ndarray = field(default_factory=lambda: np.zeros(STEPS, np.int64))
+
+    def count(self, occurrences: np.ndarray, priorities: np.ndarray) -> None:
+        """Take in how often it occurs in each unit."""
+        np.add.at(self.steps, step_of(priorities), occurrences)
+
+    def merge(self, other: "Tally") -> None:
+        """Take in another part of the corpus."""
+        self.steps += other.steps
+        self.sample.merge(other.sample)
+
+    def settled(self) -> "Tally":
+        """The same, without what speeds up counting: small to send and to store."""
+        self.sample.settle()
+        return Tally(replace(self.sample), self.steps)
+
+    @property
+    def occurrences(self) -> int:
+        """How many sequences there were."""
+        return int(self.steps.sum())
+
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Occurrences and distinct sequences in a random part of 2^(−j/2), each [STEPS]."""
+        lowest = step_of(self.sample.priorities[key_starts(self.sample.keys)])
+        new = np.bincount(lowest, minlength=STEPS) << self.sample.shift
+        return np.cumsum(self.steps[::-1])[::-1], np.cumsum(new[::-1])[::-1]
+
+
+def priorities_of(numbers: np.ndarray) -> np.ndarray:
+    """The priority [n] uint32 of each numbered unit."""
+    mixed = numbers + np.uint64(1)
+    murmur.fmix(mixed, np.empty_like(mixed))
+    return (mixed >> np.uint64(32)).astype(np.uint32)
+
+
+def step_of(priorities: np.ndarray) -> np.ndarray:
+    """The largest j for which the priority lies in the lowest 2^(−j/2) of their range."""
+    steps = np.floor(2 * (32 - np.log2(priorities + 1.0)))
+    return np.minimum(steps, STEPS - 1).astype(np.int64)

@@ -1,0 +1,141 @@
+"""Text to words without a tokenizer, and to the keys of its lines and documents.
+
+A word is a run of ASCII letters, digits, underscores and bytes above 127, or one other character
+that is no white space. White space only separates. Lines and documents are sequences of words, so
+that two of them that differ in white space alone are the same.
+"""
+
+import hashlib
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from halfulp.corpus import murmur
+from halfulp.corpus.keys import join, span_keys
+
+LONGEST = 1 << 16  # bytes; a longer word is cut there
+_SPACE, _WORD, _SINGLE = 0, 1, 2
+_RUN = frozenset((string.ascii_letters + string.digits + "_").encode()) | frozenset(range(128, 256))
+_CLASSES = bytes(
+    _WORD if byte in _RUN else _SPACE if byte in string.whitespace.encode() else _SINGLE
+    for byte in range(256)
+)
+_MASKS = np.array([(1 << 8 * length) - 1 for length in range(9)], np.uint64)
+_ROUNDS = 8  # words of more than 8 · _ROUNDS bytes are hashed one by one
+
+
+@dataclass(frozen=True)
+class WordBatch:
+    """The words of some pieces of text.
+
+    - `words` [n] uint64; `cuts` [pieces]: how many words there are up to each piece's end.
+    - `starts`: positions in `words` where a document begins.
+    - `lines`, `documents`: keys of those that ended and hold a word; `line_pieces`,
+      `document_pieces`: the pieces where they ended.
+    """
+
+    words: np.ndarray
+    cuts: np.ndarray
+    starts: np.ndarray
+    lines: np.ndarray
+    line_pieces: np.ndarray
+    documents: np.ndarray
+    document_pieces: np.ndarray
+
+
+class Words:
+    """Pieces of documents in, words out; what a piece leaves open is carried to the next call."""
+
+    def __init__(self) -> None:
+        self._held = b""
+        self._fresh = True  # the next piece begins a document
+        self._line = self._document = (0, 0)  # key and words of what is open
+
+    def feed(self, pieces: Sequence[bytes], last: np.ndarray) -> WordBatch:
+        """The words of `pieces`; `last` [pieces]: whether each ends its document."""
+        ended = [piece + b"\n" if end else piece for piece, end in zip(pieces, last, strict=True)]
+        data = b"".join([self._held, *ended])
+        edges = len(self._held) + np.cumsum([len(piece) for piece in ended])
+        starts, ends = self._hold(data, *_spans(data))
+        words = _symbols(data, starts, ends)
+        cuts = np.searchsorted(starts, edges)
+        newlines = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+        line_pieces = np.searchsorted(edges, newlines, side="right")
+        lines, filled, self._line = segments(words, np.searchsorted(starts, newlines), self._line)
+        documents, whole, self._document = segments(words, cuts[last], self._document)
+        begins, self._fresh = document_starts(cuts, last, self._fresh), bool(last[-1])
+        document_pieces = np.flatnonzero(last)[whole]
+        return WordBatch(
+            words, cuts, begins, lines, line_pieces[filled], documents, document_pieces
+        )
+
+    def _hold(
+        self, data: bytes, starts: np.ndarray, ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Keep the word that the data end in the middle of for the next call."""
+        self._held = b""
+        if len(ends) and ends[-1] == len(data) and ends[-1] - starts[-1] < LONGEST:
+            self._held = data[starts[-1] :]
+            return starts[:-1], ends[:-1]
+        return starts, ends
+
+
+def document_starts(cuts: np.ndarray, last: np.ndarray, fresh: bool) -> np.ndarray:
+    """Positions where documents begin; `fresh`: whether the first piece begins one."""
+    return np.concatenate([[0], cuts[:-1]])[np.concatenate([[fresh], last[:-1]])]
+
+
+def segments(
+    symbols: np.ndarray, ends: np.ndarray, begun: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Keys of the segments that hold a symbol, which of `ends` these are, and what is open.
+
+    `begun` and the last value: key and symbols of the segment that is open before and after.
+    """
+    bounds = np.concatenate([[0], ends, [len(symbols)]])
+    keys = span_keys(symbols, bounds[:-1], bounds[1:])
+    lengths = np.diff(bounds)
+    keys[0] = join(begun[0], int(keys[0]), int(lengths[0]))
+    lengths[0] += begun[1]
+    filled = np.flatnonzero(lengths[:-1])
+    return keys[filled], filled, (int(keys[-1]), int(lengths[-1]))
+
+
+def _spans(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Where words begin and end."""
+    classes = np.frombuffer(data.translate(_CLASSES), np.uint8)
+    single, run = classes == _SINGLE, np.zeros(len(data) + 2, bool)
+    run[1:-1] = classes == _WORD
+    starts = np.flatnonzero(single | (run[1:-1] & ~run[:-2]))
+    ends = np.flatnonzero(single | (run[1:-1] & ~run[2:])) + 1
+    return _shortened(starts, ends) if (ends - starts > LONGEST).any() else (starts, ends)
+
+
+def _shortened(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    cuts = [np.arange(a, b, LONGEST) for a, b in zip(starts, ends, strict=True)]
+    starts = np.concatenate(cuts)
+    stops = [np.append(cut[1:], end) for cut, end in zip(cuts, ends, strict=True)]
+    return starts, np.concatenate(stops)
+
+
+def _symbols(data: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """A 64-bit number for each word: its bytes where they fit, else a hash of them."""
+    eights = np.ndarray((len(data) + 1,), "<u8", data + bytes(8), strides=(1,))
+    lengths = ends - starts
+    found = eights[starts] & _MASKS[np.minimum(lengths, 8)]
+    rest = np.flatnonzero(lengths > 8)
+    for at in range(8, 8 * _ROUNDS, 8):
+        rest = rest[lengths[rest] > at]
+        if not len(rest):
+            return found
+        mixed = found[rest]
+        murmur.fmix(mixed, np.empty_like(mixed))
+        found[rest] = mixed + (
+            eights[starts[rest] + at] & _MASKS[np.minimum(lengths[rest] - at, 8)]
+        )
+    for i in rest[lengths[rest] > 8 * _ROUNDS]:
+        digest = hashlib.blake2b(data[starts[i] : ends[i]], digest_size=8).digest()
+        found[i] = int.from_bytes(digest, "little")
+    return found
