@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from reproduce.bit_reduction import CURRENT
 from reproduce.common import Interval, Result, interval, judge, show, together
 from reproduce.runs import LENGTH, PRESET, ROWS, STEPS, policy
@@ -94,12 +96,63 @@ def _runs(table: "Table", label: str, lr: float) -> list["Run"]:
 def _window_claim(
     table: "Table", label: str, *, above: float = -math.inf, below: float = math.inf
 ) -> Result:
-    row, reference = table.row(f"{label}.toml"), table.row("fp32.toml")
-    raise NotImplementedError(row, reference, above, below)
+    one, other = _widths(table, label), _widths(table, "fp32")
+    change = interval([a - b for a, b in zip(one, other, strict=True)])
+    gate = f"at least {-below:g} octave narrower" if above == -math.inf else f"within {below:g}"
+    rows = [table.row(f"{name}.toml").window for name in (label, "fp32")]
+    return Result(
+        f"The window of {label} is {gate} of fp32's",
+        PAPER,
+        f"{change.text('+.2f')} octaves ({change.n} seeds, each with its own windows); of the mean "
+        f"curves: {label} {rows[0]}, fp32 {rows[1]}",
+        judge(change, above=above, below=below),
+    )
+
+
+def _widths(table: "Table", label: str) -> list[float]:
+    """Octaves of the window, for each seed alone."""
+    from halfulp.sweep.window import window
+
+    one, fp32 = _losses(table, label), _losses(table, "fp32")
+    found = [window(one[:, [s]], fp32[:, [s]], np.array(RATES)) for s in range(one.shape[1])]
+    return [w.octaves for w in found if w is not None]
+
+
+def _losses(table: "Table", label: str) -> np.ndarray:
+    """Held-out losses [rates, seeds]; a run that failed counts with its first loss."""
+    return np.array([[_capped(run) for run in _runs(table, label, lr)] for lr in RATES])
+
+
+def _capped(run: "Run") -> float:
+    return run.loss_nats if run.loss_nats < run.initial_nats else run.initial_nats
 
 
 def _spike_claim(table: "Table") -> Result:
-    raise NotImplementedError(table)
+    """OLMo's rule on short runs: steps after the first 128."""
+    names = ("unscaled", "e5m7", "e8m1", "current")
+    gaps = {name: _spikes(table, name) for name in names}
+    return Result(
+        "Fewer bits have more spikes: a larger share of steps beyond 6 σ of the last 128 than fp32 "
+        "(mean over all rates), without scales",
+        PAPER,
+        "; ".join(f"{name} {gap.text('+.2%')}" for name, gap in gaps.items()),
+        together(*(judge(gaps[name], above=0.0) for name in ("unscaled", "e5m7"))),
+    )
+
+
+def _spikes(table: "Table", label: str) -> Interval:
+    """Share of spikes above fp32's, paired by seed."""
+    shares = [
+        [sum(_share(r) for lr in RATES for r in _runs(table, name, lr) if r.seed == seed)
+         for name in (label, "fp32")]
+        for seed in table.seeds
+    ]  # fmt: skip
+    return interval([(a - b) / len(RATES) for a, b in shares])
+
+
+def _share(run: "Run") -> float:
+    share = run.spikes.get("olmo_core", math.nan)
+    return 1.0 if math.isnan(share) else share  # a run that broke off is nothing but spikes
 
 
 def _ratio_claim(
