@@ -53,5 +53,6 @@ class Failures:
 
     def __str__(self) -> str:
         """ "0 of 5 failed (at most 45 % at 95 % confidence)"; never that a recipe is stable."""
-        text = f"{self.failed} of {self.runs} failed (at most {self.upper:.0%} at 95 % confidence)"
+        bound = f"at most {100 * self.upper:.0f} % at 95 % confidence"
+        text = f"{self.failed} of {self.runs} failed ({bound})"
         return f"{text}, {self.lost} lost" if self.lost else text

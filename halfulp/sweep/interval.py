@@ -69,9 +69,18 @@ def bootstrap_t(values: np.ndarray) -> Interval:
 
 def bootstrap(values: np.ndarray) -> Interval:
     """Percentile bootstrap interval of the mean of values [n ≥ 1]: too short for small n."""
-    low, high = np.quantile(values[resamples(len(values))].mean(axis=1), [0.025, 0.975])
+    low, high = outer_quantiles(values[resamples(len(values))].mean(axis=1))
     mean = float(values.mean())
-    return Interval(value=mean, low=float(low), high=float(high), n=len(values), method="bootstrap")
+    return Interval(value=mean, low=low, high=high, n=len(values), method="bootstrap")
+
+
+def outer_quantiles(draws: np.ndarray) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % points of draws, outward to the next of them where they fall between.
+
+    Few seeds give few distinct draws, and interpolation would cut off the ends.
+    """
+    low = np.quantile(draws, 0.025, method="lower")
+    return float(low), float(np.quantile(draws, 0.975, method="higher"))
 
 
 def resamples(n: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from halfulp.sweep.gap import best_rate, mean_losses
-from halfulp.sweep.interval import FEW, resamples
+from halfulp.sweep.interval import FEW, outer_quantiles, resamples
 
 SHARE = 0.02  # of the reference's best loss: the tolerance δ
 
@@ -171,6 +171,6 @@ def _bootstrap(
     excess_LD = _excess(losses_LS[:, drawn], reference_LS[:, drawn], delta_nats)
     excess_LD = excess_LD[:, ~np.isnan(excess_LD).all(axis=0)]
     spans = [_span(column, x, int(np.nanargmin(column))) for column in excess_LD.T]
-    low = np.quantile([span.octaves for span in spans], 0.025)
-    high = np.quantile([span.most for span in spans], 0.975, method="higher")
-    return float(low), float(high)
+    low, _ = outer_quantiles(np.array([span.octaves for span in spans]))
+    _, high = outer_quantiles(np.array([span.most for span in spans]))
+    return low, high
