@@ -109,9 +109,10 @@ def random_search_runs(
 
 
 def _windows_in(prior_octaves: Numbers, window_octaves: Numbers) -> Numbers:
-    _check("window_octaves", window_octaves, 0, None)
+    _check("window_octaves", window_octaves, 0, math.inf)
     window = np.asarray(window_octaves, dtype=float)
     safe = np.where(window > 0, window, 1.0)
+    # A window without an end is hit by the first point.
     return np.where(window > 0, prior_octaves / safe, math.inf)[()]
 
 
@@ -213,6 +214,6 @@ def _check(
     if np.all(above & ((array <= high) if high is not None else np.isfinite(array))):
         return
     left = f"> {low:g}" if open_low else f">= {low:g}"
-    right = "" if high is None else f" and <= {high:g}"
+    right = "" if high in (None, math.inf) else f" and <= {high:g}"
     shown = float(array) if array.ndim == 0 else [float(array.min()), float(array.max())]
     raise ConfigError(f"{name} = {shown} has no meaning here. Give a number {left}{right}.")

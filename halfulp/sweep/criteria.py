@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from halfulp.sweep.cost import success_lower_bound
 from halfulp.sweep.evidence import Evidence
@@ -106,7 +106,8 @@ def _more(own: Failures, reference: Failures) -> bool:
 
     counts = [[f.failed, f.runs - f.failed] for f in (own, reference)]
     # 3 of 3 against 0 of 3 is exactly one in twenty.
-    return float(fisher_exact(counts, alternative="greater").pvalue) < LEVEL * (1 + 1e-9)
+    result: Any = fisher_exact(counts, alternative="greater")
+    return result.pvalue < LEVEL * (1 + 1e-9)
 
 
 def _again(own: Failures, reference: Failures) -> tuple[str, ...]:

@@ -58,7 +58,8 @@ def _speedup(recipe: str, reference: str, inputs: Inputs) -> tuple[Default, ...]
         return ()
     value = f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
     source = "; ".join(row.source for row in rows)
-    return (Default(name=f"speed-up of {recipe}", value=value, source=source, date=""),)
+    date = min(row.date for row in rows)
+    return (Default(name=f"speed-up of {recipe}", value=value, source=source, date=date),)
 
 
 def _search(inputs: Inputs, octaves: float) -> tuple[Default, ...]:
