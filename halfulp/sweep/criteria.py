@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from halfulp.sweep.cost import success_lower_bound
+from halfulp.sweep.cost import expected_attempts, success_lower_bound
 from halfulp.sweep.evidence import Evidence
 from halfulp.sweep.failures import Failures
 from halfulp.sweep.interval import Interval
@@ -87,7 +87,7 @@ def seeds_for(gap: Interval, bar_nats: float) -> int | None:
 def judge_failures(own: Evidence, reference: Evidence) -> Criterion:
     """Failed runs at each recipe's own best learning rate; the answer must hold for lost runs."""
     mine, theirs = own.failures, reference.failures
-    text = f"{mine}; of {reference.recipe} {theirs.failed} of {theirs.runs}{_lost(theirs)}"
+    text = f"{_failed(mine)}; of {reference.recipe} {theirs.failed} of {theirs.runs}{_lost(theirs)}"
     if not mine.runs or not theirs.runs:
         return Criterion(name="failures", status=UNKNOWN, text=text, changes=_again(mine, theirs))
     if _more(mine.best, theirs.worst):
@@ -100,13 +100,21 @@ def judge_failures(own: Evidence, reference: Evidence) -> Criterion:
     return Criterion(name="failures", status=UNKNOWN, text=text, changes=changes)
 
 
+def _failed(failures: Failures) -> str:
+    """ "0 of 5 failed (success ≥ 0.55 at 95 % confidence, 1.11 attempts expected)"."""
+    attempts = _number(expected_attempts(failures.runs - failures.failed, failures.failed))
+    bound = f"success ≥ {_number(1 - failures.upper)} at 95 % confidence"
+    found = f"{failures.failed} of {failures.runs} failed"
+    return f"{found} ({bound}, {attempts} attempts expected){_lost(failures)}"
+
+
 def _more(own: Failures, reference: Failures) -> bool:
     """Whether a larger share fails than of the reference's runs: Fisher's exact test, one-sided."""
     from scipy.stats import fisher_exact
 
     counts = [[f.failed, f.runs - f.failed] for f in (own, reference)]
-    # 3 of 3 against 0 of 3 is exactly one in twenty.
     result: Any = fisher_exact(counts, alternative="greater")
+    # 3 of 3 against 0 of 3 is exactly one in twenty.
     return result.pvalue < LEVEL * (1 + 1e-9)
 
 

@@ -63,6 +63,16 @@ def test_failures_follow_fishers_exact_test_and_the_shares():
         assert criterion(verdict(table), "failures").status == expected
 
 
+def test_no_failure_prints_its_bound():
+    text = criterion(verdict(two({"failures": Failures(0, 5)})), "failures").text
+    assert text.startswith(
+        "0 of 5 failed (success ≥ 0.55 at 95 % confidence, 1.11 attempts expected)"
+    )
+    none = criterion(verdict(two({"failures": Failures(3, 3)})), "failures").text
+    assert "success ≥ 0.00" in none
+    assert "∞ attempts" in none
+
+
 def test_three_of_three_against_none_of_three_is_enough():
     found = verdict(two({"failures": Failures(3, 3)}))
     assert criterion(found, "failures").status == FAIL
