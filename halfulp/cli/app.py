@@ -7,6 +7,7 @@ from halfulp.cli.demo import demo
 from halfulp.cli.formats import formats
 from halfulp.cli.guard import guard
 from halfulp.cli.info import info
+from halfulp.cli.plan import plan
 from halfulp.cli.recipes import recipes
 from halfulp.cli.report import report
 from halfulp.cli.sharpness import sharpness
@@ -26,4 +27,5 @@ app = typer.Typer(
 for command in (demo, train, check, sharpness, report, recipes, formats, info):
     app.command(cls=CheckCommand if command is check else None)(command)
 app.add_typer(guard)
+app.add_typer(plan)
 app.add_typer(sweep)

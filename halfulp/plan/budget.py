@@ -33,6 +33,7 @@ class Plan:
     law: LawInUse
     budget: tuple[str, float]  # one of KINDS, and its amount
     chosen: Option
+    way: Way  # how the chosen precision spends
     options: tuple[Option, ...]  # the chosen one among them
     comparisons: tuple[Comparison, ...]  # of the others with BF16
     refused: Mapping[str, str]  # precision -> why it was not considered
@@ -108,6 +109,7 @@ def _bought(name: str, ways: Mapping[str, Way], options: Mapping[str, Option]) -
     lr, batch = between(rates)
     return {
         "chosen": chosen,
+        "way": way,
         "options": every,
         "comparisons": tuple(compare(other, reference, hours) for other in others),
         "doubled": way.option(2 * chosen.flops),

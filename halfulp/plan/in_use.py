@@ -1,6 +1,5 @@
 """The law that a plan uses: one of laws.toml, or a fit of one's own runs, with its band."""
 
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,43 +91,23 @@ def _refits() -> tuple[Chinchilla, tuple[Chinchilla, ...]]:
 
 
 def _read_fit(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".csv":
-        from halfulp.plan.fit import fit_file
+    from halfulp.plan.fit_file import fit_file, read_fit
 
-        return fit_file(path)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(
-            f"the fit {path} cannot be read: {error.strerror}. `halfulp plan fit runs.csv -o "
-            "fit.json` makes one."
-        ) from error
-    except ValueError as error:
-        raise PlanError(f"{path} is no JSON: {error}. Write it with `halfulp plan fit`.") from error
-    return found
+    return fit_file(path) if path.suffix == ".csv" else read_fit(path)
 
 
 def _from_fit(table: Mapping[str, Any], name: str) -> LawInUse:
-    try:
-        values = {key: float(value) for key, value in table["coefficients"].items()}
-        plain = Chinchilla(**{key: values[key] for key in ("E", "A", "B", "alpha", "beta")})
-        draws = tuple(Chinchilla(*map(float, row)) for row in table["draws"])
-        ranges = {key: (float(a), float(b)) for key, (a, b) in table["ranges"].items()}
-        runs = int(table["runs"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PlanError(
-            f"{name} is no fit ({error!r} is missing or wrong). Write it with `halfulp plan fit "
-            "runs.csv -o fit.json`."
-        ) from error
+    values = {key: float(table["coefficients"][key]) for key in ("E", "A", "B", "alpha", "beta")}
+    plain, draws = Chinchilla(**values), tuple(Chinchilla(*row) for row in table["draws"])
     law = Law(
         name=name,
         kind="loss",
-        title=f"fit of {runs} runs",
+        title=f"fit of {table['runs']} runs",
         formula=load_law("epoch").formula,
         source=str(table.get("source", name)),
         read="source",
         coefficients=values,
-        ranges=ranges,
+        ranges={key: (low, high) for key, (low, high) in table["ranges"].items()},
         notes=tuple(str(note) for note in table.get("notes", ())),
     )
     kept = draws if len(draws) >= FEWEST_DRAWS else ()

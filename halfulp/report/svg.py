@@ -102,6 +102,14 @@ def render(figure: "Figure", name: str, description: str) -> Markup:
     )
 
 
+def standalone(figure: "Figure") -> str:
+    """The figure as the text of an SVG file of its own: on white, with its own colors."""
+    buffer = io.StringIO()
+    nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=nothing, facecolor="white")
+    return buffer.getvalue()
+
+
 def _width(view: str) -> int:
     return min(720, round(float(view.split()[2])))
 
