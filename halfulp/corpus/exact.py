@@ -101,6 +101,10 @@ class Exact:
         for n, keys in self._sets.items():
             keys.merge(other._sets[n])
 
+    def keys(self, n: int) -> np.ndarray:
+        """The distinct keys of all n-grams, ascending, uint64."""
+        return self._sets[n].keys()
+
     @property
     def distinct(self) -> dict[int, int]:
         """Number of distinct n-grams by n."""
@@ -120,9 +124,6 @@ def choose(sequences: int, budget_bytes: int) -> Choice:
     """Exact counting where `sequences` n-grams (of all n together) fit even if all are distinct."""
     needed = sequences * KEY_BYTES * _SPACE
     fits = needed <= budget_bytes
-    least, verb = ("at most", "fit into") if fits else ("up to", "may not fit into")
-    why = (
-        f"{sequences:,} sequences need {least} {needed:,} bytes to be counted exactly, which {verb} "
-        f"the {budget_bytes:,} bytes allowed"
-    )
+    needs = f"{sequences:,} sequences need up to {needed:,} bytes to be counted exactly"
+    why = f"{needs}; {budget_bytes:,} are allowed"
     return Choice("exact" if fits else "sketch", needed, why)
