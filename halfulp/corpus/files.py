@@ -1,6 +1,7 @@
 """The files of a corpus that is counted; what is no text is found out when it is read."""
 
 import codecs
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,6 +65,16 @@ def _named(path: Path) -> list[SourceFile]:
     if not path.is_file():
         raise DataError(f"{path} is neither a file nor a folder. Give a regular file.")
     return [SourceFile(kind_of(path), path, path.name)]
+
+
+def stat_of(path: Path) -> os.stat_result:
+    """What the system says of a file. DataError when it cannot be read."""
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}. Check the file and its permissions."
+        ) from error
 
 
 def invalid_bytes(path: Path) -> int:

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from halfulp.corpus.config import CountConfig
-from halfulp.corpus.files import NotTextError, invalid_bytes, text_blocks
+from halfulp.corpus.files import NotTextError, invalid_bytes, stat_of, text_blocks
 from halfulp.corpus.token_pieces import TokenPiece, token_pieces
 from halfulp.data.corpus import SourceFile
 from halfulp.data.documents import Piece, in_pieces, read_documents
-from halfulp.errors import DataError
 
 FILE_BITS = 40  # of a piece's number: the rest is its place in the file
 _GROUP = {"text": 1 << 18, "tokens": 1 << 16}  # characters, tokens
@@ -74,7 +73,7 @@ def _group(pieces: Sequence[Piece | TokenPiece], numbers: Sequence[int]) -> Grou
 def _pieces(
     file: SourceFile, config: CountConfig, notes: Notes
 ) -> Iterator[Piece] | Iterator[TokenPiece]:
-    if not _size(file):
+    if not stat_of(file.path).st_size:
         return iter(())
     if file.kind == "tokens":
         return token_pieces(file.path, config, notes.unmarked)
@@ -93,13 +92,3 @@ def _text(file: SourceFile, config: CountConfig, notes: Notes) -> Iterator[Piece
         if invalid:
             notes.invalid[str(file.path)] = invalid
     yield from in_pieces(text_blocks(file.path))
-
-
-def _size(file: SourceFile) -> int:
-    try:
-        return file.path.stat().st_size
-    except OSError as error:
-        raise DataError(
-            f"{file.path} cannot be read: {error.strerror or error}. "
-            "Check the file and its permissions."
-        ) from error

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from halfulp.corpus import murmur
-from halfulp.corpus.adaptive import Sample, key_starts
+from halfulp.corpus.adaptive import Sample
 
 STEPS = 65  # parts of 2^(−j/2), j = 0 … 64
+GROUPS = 16  # of units, by the lowest bits of the priority
 PLACE_BITS = 40  # of a place: the rest is the shard
 
 
@@ -20,16 +21,16 @@ PLACE_BITS = 40  # of a place: the rest is the shard
 class Tally:
     """Occurrences and a sample of the distinct ones.
 
-    `steps` [STEPS] int64: the occurrences in units whose priority lies in part 2^(−j/2) of the
-    range and not in the next smaller one.
+    `steps` [GROUPS, STEPS] int64: the occurrences in the units of each group whose priority lies
+    in the lowest 2^(−j/2) of the range and not in the next smaller part.
     """
 
     sample: Sample
-    steps: np.ndarray = field(default_factory=lambda: np.zeros(STEPS, np.int64))
+    steps: np.ndarray = field(default_factory=lambda: np.zeros((GROUPS, STEPS), np.int64))
 
     def count(self, occurrences: np.ndarray, priorities: np.ndarray) -> None:
         """Take in how often it occurs in each unit."""
-        np.add.at(self.steps, step_of(priorities), occurrences)
+        np.add.at(self.steps, (group_of(priorities), step_of(priorities)), occurrences)
 
     def merge(self, other: "Tally") -> None:
         """Take in another part of the corpus."""
@@ -46,12 +47,6 @@ class Tally:
         """How many sequences there were."""
         return int(self.steps.sum())
 
-    def curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Occurrences and distinct sequences in a random part of 2^(−j/2), each [STEPS]."""
-        lowest = step_of(self.sample.priorities[key_starts(self.sample.keys)])
-        new = np.bincount(lowest, minlength=STEPS) << self.sample.shift
-        return np.cumsum(self.steps[::-1])[::-1], np.cumsum(new[::-1])[::-1]
-
 
 def priorities_of(numbers: np.ndarray) -> np.ndarray:
     """The priority [n] uint32 of each numbered unit."""
@@ -64,3 +59,8 @@ def step_of(priorities: np.ndarray) -> np.ndarray:
     """The largest j for which the priority lies in the lowest 2^(−j/2) of their range."""
     steps = np.floor(2 * (32 - np.log2(priorities + 1.0)))
     return np.minimum(steps, STEPS - 1).astype(np.int64)
+
+
+def group_of(priorities: np.ndarray) -> np.ndarray:
+    """The group of each unit, independent of its place in the order."""
+    return (priorities % GROUPS).astype(np.int64)

@@ -1,0 +1,155 @@
+"""A corpus in shards: counted here, in worker processes or on a Ray cluster, and resumable."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from halfulp.corpus.config import CountConfig
+from halfulp.corpus.files import stat_of
+from halfulp.corpus.progress_file import Progress, load_progress, save_progress
+from halfulp.corpus.scan import Counted, Shard, scan
+from halfulp.data.corpus import SourceFile
+from halfulp.errors import NothingLeftError, RunError
+from halfulp.tasks import run_tasks
+from halfulp.train.signals import Interrupt
+
+SHARD_BYTES = 1 << 25  # on disk; a shard has at least one file
+_SECONDS_BETWEEN_SAVES = 20.0
+
+
+class InterruptedCountError(RunError):
+    """A count that was asked to stop and can be resumed."""
+
+    exit_code = 130
+
+
+def count(
+    files: Sequence[SourceFile],
+    config: CountConfig,
+    *,
+    jobs: int = 0,
+    ray: str = "",
+    progress_file: Path | None = None,
+    resume: bool = False,
+    tell: Callable[[int, int], None] = lambda done, size: None,
+) -> Counted:
+    """Everything that `config` asks for, of all files; the same whatever `jobs` and `ray` are.
+
+    `jobs`: processes, 0 = one per core. `tell` hears how many bytes on disk are done, of how many.
+    `progress_file` keeps the shards that are done; `resume` goes on from it.
+    Raises DataError for what is broken, NothingLeftError when no file is text, and
+    InterruptedCountError after Ctrl-C or SIGTERM.
+    """
+    shards = shards_of(files, config)
+    progress = Progress()
+    if resume and progress_file is not None:
+        progress = load_progress(progress_file, config)
+    counting = _Counting(shards, progress, progress_file, tell)
+    try:
+        with Interrupt() as interrupt:
+            counting.run(interrupt, jobs=jobs, ray=ray)
+    finally:
+        if len(progress.done) < len(shards):
+            counting.save()
+    if progress_file is not None:
+        progress_file.unlink(missing_ok=True)
+    _check_left(progress.counted, files)
+    return progress.counted
+
+
+def shards_of(files: Sequence[SourceFile], config: CountConfig) -> list[Shard]:
+    """Consecutive files of about SHARD_BYTES on disk."""
+    shards, held, size = [], [], 0
+    for numbered in enumerate(files):
+        held.append(numbered)
+        size += stat_of(numbered[1].path).st_size
+        if size >= SHARD_BYTES or numbered[0] == len(files) - 1:
+            shards.append(Shard(len(shards), tuple(held), config, size))
+            held, size = [], 0
+    return shards
+
+
+class _Counting:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        progress: Progress,
+        path: Path | None,
+        tell: Callable[[int, int], None],
+    ) -> None:
+        self._progress, self._path, self._tell = progress, path, tell
+        self._left = [shard for shard in shards if shard.index not in progress.done]
+        self._sizes = {shard.index: shard.size for shard in shards}
+        self._saved = time.monotonic()
+
+    def run(self, interrupt: Interrupt, *, jobs: int, ray: str) -> None:
+        if not ray and (jobs == 1 or len(self._left) < 2):
+            for shard in self._left:
+                self._take(shard, scan(shard, self._watch(interrupt)))
+            return
+        waiting = iter(self._left)
+
+        def next_shard() -> Shard | None:
+            return None if interrupt.asked else next(waiting, None)
+
+        for outcome in run_tasks(scan, next_shard, jobs=jobs, ray=ray):
+            if outcome.value is not None:
+                self._take(outcome.task, outcome.value)
+            elif not interrupt.asked:
+                raise outcome.error or _died(outcome.task, outcome.died)
+        if interrupt.asked and len(self._progress.done) < len(self._sizes):
+            raise self._stopped()
+
+    def save(self) -> None:
+        if self._path is not None and self._progress.done:
+            save_progress(self._path, self._progress)
+            self._saved = time.monotonic()
+
+    def _take(self, shard: Shard, counted: Counted) -> None:
+        self._progress.counted.merge(counted)
+        self._progress.done.add(shard.index)
+        self._say(0)
+        if time.monotonic() - self._saved > _SECONDS_BETWEEN_SAVES:
+            self.save()
+
+    def _watch(self, interrupt: Interrupt) -> Callable[[int], None]:
+        read = 0
+
+        def watch(size: int) -> None:
+            nonlocal read
+            read += size
+            if interrupt.asked:
+                raise self._stopped()
+            self._say(read)
+
+        return watch
+
+    def _say(self, read: int) -> None:
+        total = sum(self._sizes.values())
+        done = sum(self._sizes[index] for index in self._progress.done)
+        self._tell(min(done + read, total), total)
+
+    def _stopped(self) -> InterruptedCountError:
+        return InterruptedCountError(
+            f"stopped after {len(self._progress.done)} of {len(self._sizes)} parts of the corpus. "
+            "The same command with --resume goes on from there."
+        )
+
+
+def _died(shard: Shard, how: str) -> RunError:
+    return RunError(
+        f"the process that counted {shard.files[0][1].path} and {len(shard.files) - 1} more files "
+        f"{how}. What was done is kept: run again with --resume, and with fewer jobs if memory "
+        "ran out."
+    )
+
+
+def _check_left(counted: Counted, files: Sequence[SourceFile]) -> None:
+    skipped = counted.notes.skipped
+    if skipped and len(skipped) == len(files):
+        path, why = next(iter(skipped.items()))
+        raise NothingLeftError(
+            f"nothing is left to count: {len(skipped)} of {len(files)} files are no text "
+            f"({path}: {why}). Name text, JSONL, Parquet or token files, or count bytes as they "
+            "are with --bytes."
+        )
