@@ -40,8 +40,8 @@ class LawInUse:
         if not self.draws:
             return f"{self.law.name}: no errors that could make a band are published"
         return (
-            f"{BAND:.0%} of {len(self.draws)} refits on resampled runs: the error of the law "
-            "alone, without that of a seed, of your data or of your tokenizer"
+            f"the middle {100 * BAND:.0f} % of {len(self.draws)} refits on resampled runs: the "
+            "error of the law alone, without that of a seed, of your data or of your tokenizer"
         )
 
     def loss(self, n: float, d: float, unique: float) -> float:
