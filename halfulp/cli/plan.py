@@ -9,6 +9,7 @@ from halfulp.cli.common import check_outputs, command_line
 from halfulp.cli.plan_fit import fit
 from halfulp.cli.plan_kausik import kausik
 from halfulp.cli.plan_laws import laws
+from halfulp.cli.plan_sparsity import sparsity
 from halfulp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def plan_run(
         _write_config(found, write_config, data or [], tokenizer or "bytes", length or 2048)
 
 
-for command in (laws, kausik, fit):
+for command in (laws, fit, kausik, sparsity):
     plan.command()(command)
 
 

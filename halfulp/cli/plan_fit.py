@@ -31,11 +31,11 @@ def fit(
         float | None, typer.Option(help="What the next run may cost. [default: the largest run's]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the resamples.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write fit.json, which --law takes.")
+    json_: Annotated[
+        Path | None,
+        typer.Option("--json", "-o", help="Write all figures there: what plan --law takes."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (SVG) there.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write the picture there, as SVG.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
     """Fit L = E + A/N^alpha + B/D^beta to your own runs.
@@ -47,27 +47,22 @@ def fit(
     from halfulp.plan.fit_file import content
     from halfulp.plan.run_directories import read_runs
 
-    check_outputs({"--out": out, "--plot": plot}, force=force)
+    check_outputs({"--json": json_, "--plot": plot}, force=force)
     if next_flops is not None and not bootstrap:
         raise ConfigError("--next-flops needs resamples. Leave out --bootstrap 0.")
     found = fit_law(read_runs(runs, precision=precision))
     boot = _resampled(found, bootstrap, seed) if bootstrap else None
     figures = content(found, boot, source=", ".join(path.name for path in runs))
     figures |= _further(found, boot, next_flops)
-    if json_:
-        print(json.dumps(figures, indent=1))
-    else:
-        _print(found, boot, figures)
-    if out is not None:
-        _write(out, json.dumps(figures, indent=1) + "\n")
+    _print(found, boot, figures)
+    if json_ is not None:
+        _write(json_, json.dumps(figures, indent=1) + "\n")
+        print(f"figures: {json_} (halfulp plan --law {json_})")
     if plot is not None:
         from halfulp.report.fit_plot import fit_svg
 
         _write(plot, fit_svg(found, boot))
-    if not json_:
-        for path in (out, plot):
-            if path is not None:
-                print(f"written: {path}")
+        print(f"picture: {plot}")
 
 
 def _resampled(found: "Fit", draws: int, seed: int) -> "Bootstrap":

@@ -40,8 +40,7 @@ def sparsity(
         typer.Option(help="'GLOB=BLOCK' for parameters that halfulp cannot place."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of labels and the choice of text.")] = 0,
-    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON there.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
     """Measure how many parameters of a trained model are negligible.
@@ -54,7 +53,7 @@ def sparsity(
     from halfulp.cli.load import load_model
     from halfulp.plan.sparsity import sparsity as measure
 
-    check_outputs({"--out": out}, force=force)
+    check_outputs({"--json": json_}, force=force)
     hints = pairs("--hint", hint or [])
     quiet_transformers()
     loaded = load_model(model, data=data, tokenizer=tokenizer, tokens=tokens, seed=seed)
@@ -64,18 +63,13 @@ def sparsity(
             by="block" if per_layer else "type", draws=draws, seed=seed, hints=hints or None,
             progress=steps.count,
         )  # fmt: skip
-    text = _json(loaded.name, found, loaded.notes)
-    if json_:
-        print(text)
-    else:
-        _print(loaded.name, found, loaded.notes)
-    if out is not None:
+    _print(loaded.name, found, loaded.notes)
+    if json_ is not None:
         try:
-            out.write_text(text + "\n", encoding="utf-8")
+            json_.write_text(_json(loaded.name, found, loaded.notes) + "\n", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"{out} cannot be written: {error.strerror}.") from error
-        if not json_:
-            print(f"figures: {out}")
+            raise ConfigError(f"{json_} cannot be written: {error.strerror}.") from error
+        print(f"figures: {json_}")
 
 
 def _json(name: str, found: "Sparsity", notes: tuple[str, ...]) -> str:

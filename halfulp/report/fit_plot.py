@@ -1,11 +1,10 @@
 """The picture of a fitted law: loss against compute, and what each run is off by."""
 
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from halfulp.report.svg import INK, MUTED, figure, series_style
+from halfulp.report.svg import INK, MUTED, figure, series_style, standalone
 
 if TYPE_CHECKING:
     from halfulp.plan.bootstrap import Bootstrap
@@ -22,10 +21,7 @@ def fit_svg(fit: "Fit", boot: "Bootstrap | None") -> str:
         _losses(left, fit, boot)
         _residuals(right, fit)
         drawn.tight_layout(w_pad=3)
-        buffer = io.StringIO()
-        nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        drawn.savefig(buffer, format="svg", metadata=nothing, facecolor="white")
-    return buffer.getvalue()
+        return standalone(drawn)
 
 
 def _losses(axes: Any, fit: "Fit", boot: "Bootstrap | None") -> None:
