@@ -14,7 +14,7 @@ MOST_UNITS = 13  # remembered of each key: f_1 … f_12 need to know whether the
 _WAITING = 1 << 16  # occurrences that wait for the next sort
 _SLOTS = 1 << 16
 _LAST = np.uint32(2**32 - 1)
-_NOWHERE = np.uint64(2**64 - 1)
+_NO_MARK = np.uint64(2**64 - 1)
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Sample:
     """At most `limit` distinct keys, each with the smallest priorities of the units that hold it.
 
     `keys`, `priorities` [pairs], sorted: a key stands once for each of its units, at most
-    MOST_UNITS times, those of the smallest priorities. `first` [distinct keys]: the smallest place.
+    MOST_UNITS times, those of the smallest priorities. `least` [distinct keys]: the smallest mark.
     A key is kept when it is below 2^(64 − shift). Call `settle` before reading.
     """
 
@@ -30,7 +30,7 @@ class Sample:
     shift: int = 0
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     priorities: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
-    first: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    least: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def __post_init__(self) -> None:
         self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -44,15 +44,15 @@ class Sample:
             return np.arange(len(keys))
         return np.flatnonzero(keys < np.uint64(1 << (64 - self.shift)))
 
-    def add(self, keys: np.ndarray, priorities: np.ndarray, places: np.ndarray) -> None:
-        """Occurrences of `chosen` keys: the priority of the unit and the place of each, [n]."""
+    def add(self, keys: np.ndarray, priorities: np.ndarray, marks: np.ndarray) -> None:
+        """Occurrences of `chosen` keys: the priority of the unit and a mark for each, [n]."""
         if len(self._full_keys):
             slots = keys & np.uint64(_SLOTS - 1)
             known = (self._full_keys[slots] == keys) & (priorities >= self._full_bounds[slots])
             kept = np.flatnonzero(~known)
-            keys, priorities, places = keys[kept], priorities[kept], places[kept]
+            keys, priorities, marks = keys[kept], priorities[kept], marks[kept]
         if len(keys):
-            self._waiting.append((keys, priorities, places))
+            self._waiting.append((keys, priorities, marks))
             self._count += len(keys)
         if self._count >= _WAITING:
             self.settle()
@@ -61,29 +61,29 @@ class Sample:
         """Take in what `other` saw, as if it had been added here."""
         other.settle()
         self.shift = max(self.shift, other.shift)
-        places = np.full(len(other.keys), _NOWHERE)
-        places[key_starts(other.keys)] = other.first
+        marks = np.full(len(other.keys), _NO_MARK)
+        marks[key_starts(other.keys)] = other.least
         kept = self.chosen(other.keys)
-        self._waiting.append((other.keys[kept], other.priorities[kept], places[kept]))
+        self._waiting.append((other.keys[kept], other.priorities[kept], marks[kept]))
         self.settle()
 
     def settle(self) -> None:
         """Sort in what waits, and halve the threshold while there are more than `limit` keys."""
         if not self._waiting:
             return
-        places = np.full(len(self.keys), _NOWHERE)
-        places[key_starts(self.keys)] = self.first
-        parts = [(self.keys, self.priorities, places), *self._waiting]
+        marks = np.full(len(self.keys), _NO_MARK)
+        marks[key_starts(self.keys)] = self.least
+        parts = [(self.keys, self.priorities, marks), *self._waiting]
         self._waiting, self._count = [], 0
-        keys, priorities, places = (np.concatenate(part) for part in zip(*parts, strict=True))
+        keys, priorities, marks = (np.concatenate(part) for part in zip(*parts, strict=True))
         order = _order(keys, priorities)
-        keys, priorities, places = keys[order], priorities[order], places[order]
+        keys, priorities, marks = keys[order], priorities[order], marks[order]
         starts = key_starts(keys)
-        distinct, first = keys[starts], np.minimum.reduceat(places, starts)
+        distinct, least = keys[starts], np.minimum.reduceat(marks, starts)
         while (count := len(self.chosen(distinct))) > self.limit:
             self.shift += 1
         stop = starts[count] if count < len(starts) else len(keys)
-        self.first = first[:count]
+        self.least = least[:count]
         self._keep(keys[:stop], priorities[:stop])
 
     def _keep(self, keys: np.ndarray, priorities: np.ndarray) -> None:
@@ -116,12 +116,12 @@ class Sample:
     @property
     def distinct(self) -> int:
         """How many distinct keys there were: counted when `exact`, else estimated."""
-        return len(self.first) << self.shift
+        return len(self.least) << self.shift
 
     @property
     def rel_std(self) -> float:
         """Relative standard error of `distinct`; 0 when it was counted."""
-        return 0.0 if self.exact else math.sqrt((1 - 0.5**self.shift) / max(1, len(self.first)))
+        return 0.0 if self.exact else math.sqrt((1 - 0.5**self.shift) / max(1, len(self.least)))
 
 
 def _order(keys: np.ndarray, priorities: np.ndarray) -> np.ndarray:

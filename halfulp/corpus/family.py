@@ -33,11 +33,6 @@ class Family:
         self._shard = shard << PLACE_BITS
         self._open = 0  # symbols of the open document so far
 
-    @property
-    def symbols(self) -> int:
-        """How many words or tokens were taken in."""
-        return self._stream.tokens
-
     def feed(self, batch: Symbols) -> None:
         """Count the sequences that end in these symbols."""
         before = self._stream.tokens

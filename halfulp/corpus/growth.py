@@ -74,6 +74,7 @@ class Growth:
     - `doubling_factor` = 2^(U / f_1): a corpus so many times as large holds twice as many, were
       the exponent to stay. It falls, so that more is needed.
     - `curve`: (T, U) for random parts spaced by about √2, ascending, the corpus at its end.
+    - `unique_symbols`: of lines and documents, the words or tokens in the distinct ones.
     - `order_exponent`: the exponent between the first half, in the order of the files, and the
       whole; `random_exponent`: the same for a random half. None where that says nothing.
     """
@@ -88,6 +89,7 @@ class Growth:
     slope_se: float | None
     doubling_factor: float | None
     curve: tuple[tuple[int, int], ...]
+    unique_symbols: int | None = None
     order_exponent: float | None = None
     random_exponent: float | None = None
 
@@ -127,6 +129,7 @@ def growth(name: str, tally: Tally, symbols: Mapping[int, int] | None = None) ->
         None if slope is None else jackknife(record, lambda part: part.slope),
         factor,
         tuple((int(t), int(u)) for t, u in whole.curve[::-1]),
+        None if ":" in name else int(sample.least.sum()) << sample.shift,
         order,
         None if order is None else _random_exponent(whole),
     )
@@ -159,7 +162,7 @@ def _order_exponent(tally: Tally, whole: Part, symbols: Mapping[int, int]) -> fl
         base[shard], before = before, before + symbols[shard]
     bases = np.zeros(max(base) + 1, np.uint64)
     bases[list(base)] = list(base.values())
-    first = tally.sample.first
+    first = tally.sample.least
     place = bases[first >> np.uint64(PLACE_BITS)] + (first & np.uint64((1 << PLACE_BITS) - 1))
     early = int((place < total // 2).sum()) << tally.sample.shift
     return math.log2(whole.distinct / early) if early else None

@@ -21,7 +21,7 @@ from halfulp.errors import DataError
 from halfulp.numerics.kernel import cache_directory
 
 LAYOUT = 1  # part of every name; raise it when the same text would be counted otherwise
-_ARRAYS = ("keys", "priorities", "first")
+_ARRAYS = ("keys", "priorities", "least")
 
 
 @dataclass

@@ -11,9 +11,8 @@ from halfulp.corpus.family import Family
 from halfulp.corpus.read import Notes
 from halfulp.corpus.symbols import batches
 from halfulp.corpus.tally import Tally
+from halfulp.corpus.words import Spans
 from halfulp.data.corpus import SourceFile
-
-_NO_PLACE = np.uint64(0)
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Shard:
 
 @dataclass
 class Counted:
-    """What shards came to. `symbols`: words or tokens by shard and family, for the file order."""
+    """What shards came to. `symbols`: how many "words" and "tokens" there are in each shard."""
 
     tallies: dict[str, Tally] = field(default_factory=dict)
     symbols: dict[int, dict[str, int]] = field(default_factory=dict)
@@ -62,22 +61,32 @@ def scan(shard: Shard, progress: Callable[[int], None] | None = None) -> Counted
         for name, lengths in config.families().items()
     }
     whole = {name: Tally(Sample(limit)) for name in names if ":" not in name}
+    symbols = found.symbols[shard.index] = {}
     for batch in batches(shard.files, config, found.notes):
-        for name, (keys, priorities) in batch.spans.items():
-            _count(whole[name], keys, priorities)
+        for name, spans in batch.spans.items():
+            _count(whole[name], spans, batch.priorities)
         for name, family in families.items():
-            family.feed(batch.symbols["words" if name == "words" else "tokens"])
+            family.feed(batch.symbols[stream_of(name)])
+        for name, batch_symbols in batch.symbols.items():
+            symbols[name] = symbols.get(name, 0) + len(batch_symbols.symbols)
         found.text_bytes += batch.text_bytes
         found.empty_documents += batch.empty_documents
         if progress is not None:
             progress(batch.text_bytes or len(batch.symbols["tokens"].symbols))
     parts = {f"{name}:{n}": t for name, f in families.items() for n, t in f.tallies.items()}
     found.tallies = {name: tally.settled() for name, tally in (whole | parts).items()}
-    found.symbols[shard.index] = {name: family.symbols for name, family in families.items()}
     return found
 
 
-def _count(tally: Tally, keys: np.ndarray, priorities: np.ndarray) -> None:
-    tally.count(np.ones(len(keys), np.int64), priorities)
-    chosen = tally.sample.chosen(keys)
-    tally.sample.add(keys[chosen], priorities[chosen], np.full(len(chosen), _NO_PLACE))
+def stream_of(definition: str) -> str:
+    """What a definition's sequences are made of: "words" or "tokens"; "" for lines, documents."""
+    family = definition.partition(":")[0]
+    return {"words": "words", "tokens": "tokens", "window": "tokens"}.get(family, "")
+
+
+def _count(tally: Tally, spans: Spans, priorities: np.ndarray) -> None:
+    priorities = priorities[spans.pieces]
+    tally.count(np.ones(len(spans.keys), np.int64), priorities)
+    chosen = tally.sample.chosen(spans.keys)
+    lengths = spans.lengths[chosen].astype(np.uint64)
+    tally.sample.add(spans.keys[chosen], priorities[chosen], lengths)

@@ -10,7 +10,7 @@ from halfulp.corpus.config import CountConfig
 from halfulp.corpus.family import Symbols
 from halfulp.corpus.read import Group, Notes, groups
 from halfulp.corpus.tally import priorities_of
-from halfulp.corpus.words import Words, document_starts, segments
+from halfulp.corpus.words import Spans, Words, document_starts, spans
 from halfulp.data.corpus import SourceFile
 from halfulp.data.tokenizer import Bytes, Tokenizer, load_tokenizer
 
@@ -20,12 +20,13 @@ class Batch:
     """Some pieces of documents.
 
     - `symbols`: the pieces as "words" and as "tokens", as far as asked for.
-    - `spans`: "documents" and "lines" (of text) that ended here and are not empty: their keys [n]
-      and the priorities [n] of the pieces in which they ended.
+    - `spans`: "documents" and "lines" (of text) that ended here and are not empty.
+    - `priorities` [pieces].
     """
 
     symbols: dict[str, Symbols]
-    spans: dict[str, tuple[np.ndarray, np.ndarray]]
+    spans: dict[str, Spans]
+    priorities: np.ndarray
     text_bytes: int
     empty_documents: int
 
@@ -66,12 +67,9 @@ class _Text:
         if self._tokenizer is not None:
             tokens = self._tokenizer.encode([_valid(piece) for piece in group.pieces])
             symbols["tokens"] = self._tokens.symbols(group._replace(pieces=tokens))
-        spans = {
-            "documents": (found.documents, priorities[found.document_pieces]),
-            "lines": (found.lines, priorities[found.line_pieces]),
-        }
-        empty = int(group.last.sum()) - len(found.documents)
-        return Batch(symbols, spans, sum(map(len, data)), empty)
+        empty = int(group.last.sum()) - len(found.documents.keys)
+        ended = {"documents": found.documents, "lines": found.lines}
+        return Batch(symbols, ended, priorities, sum(map(len, data)), empty)
 
 
 class _Tokens:
@@ -80,11 +78,10 @@ class _Tokens:
 
     def take(self, group: Group) -> Batch:
         found = self.symbols(group)
-        keys, whole, self._document = segments(
-            found.symbols, found.cuts[group.last], self._document
-        )
-        spans = {"documents": (keys, found.priorities[np.flatnonzero(group.last)[whole]])}
-        return Batch({"tokens": found}, spans, 0, int(group.last.sum()) - len(keys))
+        ends, pieces = found.cuts[group.last], np.flatnonzero(group.last)
+        documents, self._document = spans(found.symbols, ends, pieces, self._document)
+        empty = len(ends) - len(documents.keys)
+        return Batch({"tokens": found}, {"documents": documents}, found.priorities, 0, empty)
 
     def symbols(self, group: Group) -> Symbols:
         cuts = np.cumsum([len(piece) for piece in group.pieces])

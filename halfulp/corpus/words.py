@@ -9,6 +9,7 @@ import hashlib
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,17 +33,22 @@ class WordBatch:
 
     - `words` [n] uint64; `cuts` [pieces]: how many words there are up to each piece's end.
     - `starts`: positions in `words` where a document begins.
-    - `lines`, `documents`: keys of those that ended and hold a word; `line_pieces`,
-      `document_pieces`: the pieces where they ended.
+    - `lines`, `documents`: those that ended and hold a word.
     """
 
     words: np.ndarray
     cuts: np.ndarray
     starts: np.ndarray
-    lines: np.ndarray
-    line_pieces: np.ndarray
-    documents: np.ndarray
-    document_pieces: np.ndarray
+    lines: "Spans"
+    documents: "Spans"
+
+
+class Spans(NamedTuple):
+    """Sequences that ended: their `keys`, the `pieces` in which they ended, symbols in each [n]."""
+
+    keys: np.ndarray
+    pieces: np.ndarray
+    lengths: np.ndarray
 
 
 class Words:
@@ -63,13 +69,11 @@ class Words:
         cuts = np.searchsorted(starts, edges)
         newlines = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
         line_pieces = np.searchsorted(edges, newlines, side="right")
-        lines, filled, self._line = segments(words, np.searchsorted(starts, newlines), self._line)
-        documents, whole, self._document = segments(words, cuts[last], self._document)
+        line_ends = np.searchsorted(starts, newlines)
+        lines, self._line = spans(words, line_ends, line_pieces, self._line)
+        documents, self._document = spans(words, cuts[last], np.flatnonzero(last), self._document)
         begins, self._fresh = document_starts(cuts, last, self._fresh), bool(last[-1])
-        document_pieces = np.flatnonzero(last)[whole]
-        return WordBatch(
-            words, cuts, begins, lines, line_pieces[filled], documents, document_pieces
-        )
+        return WordBatch(words, cuts, begins, lines, documents)
 
     def _hold(
         self, data: bytes, starts: np.ndarray, ends: np.ndarray
@@ -87,12 +91,12 @@ def document_starts(cuts: np.ndarray, last: np.ndarray, fresh: bool) -> np.ndarr
     return np.concatenate([[0], cuts[:-1]])[np.concatenate([[fresh], last[:-1]])]
 
 
-def segments(
-    symbols: np.ndarray, ends: np.ndarray, begun: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Keys of the segments that hold a symbol, which of `ends` these are, and what is open.
+def spans(
+    symbols: np.ndarray, ends: np.ndarray, pieces: np.ndarray, begun: tuple[int, int]
+) -> tuple[Spans, tuple[int, int]]:
+    """The spans up to each of `ends` that hold a symbol, and what is open after them.
 
-    `begun` and the last value: key and symbols of the segment that is open before and after.
+    `begun` and the second value: key and symbols of the span that is open before and after.
     """
     bounds = np.concatenate([[0], ends, [len(symbols)]])
     keys = span_keys(symbols, bounds[:-1], bounds[1:])
@@ -100,7 +104,8 @@ def segments(
     keys[0] = join(begun[0], int(keys[0]), int(lengths[0]))
     lengths[0] += begun[1]
     filled = np.flatnonzero(lengths[:-1])
-    return keys[filled], filled, (int(keys[-1]), int(lengths[-1]))
+    open_ = (int(keys[-1]), int(lengths[-1]))
+    return Spans(keys[filled], pieces[filled], lengths[filled]), open_
 
 
 def _spans(data: bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -82,8 +82,8 @@ def test_where_pieces_are_cut_changes_nothing(texts, size):
         expected = whole.feed([data], np.array([True]))
         parts = [cut.feed([p], np.array([end])) for p, end in zip(pieces, last, strict=True)]
         for name in ("words", "lines", "documents"):
-            joined = np.concatenate([getattr(part, name) for part in parts])
-            np.testing.assert_array_equal(joined, getattr(expected, name))
+            joined = np.concatenate([_keys(part, name) for part in parts])
+            np.testing.assert_array_equal(joined, _keys(expected, name))
 
 
 def test_a_long_word_is_cut_at_its_own_multiples(monkeypatch):
@@ -152,3 +152,8 @@ def test_a_shard_at_a_time_or_all_at_once_is_the_same(tmp_path: Path, texts):
         assert tally.sample.shift == other.sample.shift
         np.testing.assert_array_equal(tally.sample.keys, other.sample.keys)
         np.testing.assert_array_equal(tally.sample.priorities, other.sample.priorities)
+
+
+def _keys(batch, name: str) -> np.ndarray:
+    found = getattr(batch, name)
+    return found if name == "words" else found.keys
