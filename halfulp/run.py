@@ -240,10 +240,10 @@ def environment() -> dict[str, Any]:
 
     import torch
 
-    from halfulp.numerics import kernel
+    from halfulp.numerics import cuda, kernel
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    status = kernel.status()
+    status, on_gpu = kernel.status(), cuda.status()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -255,6 +255,8 @@ def environment() -> dict[str, Any]:
         "gpu": [torch.cuda.get_device_name(i) for i in devices],
         "kernel": status.name,
         "kernel_reason": status.reason,
+        "gpu_kernel": on_gpu.name,
+        "gpu_kernel_reason": on_gpu.reason,
     }
 
 

@@ -9,6 +9,8 @@ from torch.nn.functional import pad
 
 from halfulp.errors import FormatError
 from halfulp.numerics import kernel, op  # noqa: F401 (op registers halfulp::quantize)
+from halfulp.numerics.cuda import quantize as cuda_quantize
+from halfulp.numerics.cuda import use_cuda
 from halfulp.numerics.hadamard import hadamard
 from halfulp.numerics.launch import launcher
 from halfulp.numerics.quantizer import Quantizer
@@ -67,8 +69,12 @@ def apply_quantizer(
     y = torch.empty_like(x) if out is None else check_out(out, x)
     if x.numel() == 0:
         return y
-    if use_c(x, y) and not isinstance(key, Tensor):
-        return _apply_c(x, y, q, key, scale)
+    if not isinstance(key, Tensor):
+        if use_c(x, y):
+            return _apply_c(x, y, q, key, scale)
+        if use_cuda(x, y) and not q.format.is_identity:
+            cuda_quantize(x, y, q, key, scale)
+            return y
     return (
         y.copy_(_apply_torch(x, q, key, scale))
         if out is not None

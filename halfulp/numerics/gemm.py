@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from halfulp.errors import ConfigError, FormatError
 from halfulp.numerics import kernel
 from halfulp.numerics.apply import apply_quantizer, scales
+from halfulp.numerics.cuda import accumulate, use_cuda
 from halfulp.numerics.quantizer import Quantizer, parse_quantizer
 from halfulp.numerics.random import Key
 from halfulp.numerics.rounding import round_to, use_c
@@ -98,6 +99,10 @@ def _truncate(x: Tensor) -> Tensor:
 
 def _add(total: Tensor, partial: Tensor, promote: bool) -> Tensor:
     """`total` + `partial`, one of them or their sum truncated; `total` may be overwritten."""
+    if use_cuda(total, partial):
+        q = _ACCUMULATOR
+        accumulate(total, partial, q.format, promote=promote, saturate=q.saturate)
+        return total
     if not use_c(total, partial):
         return total + _truncate(partial) if promote else _truncate(total + partial)
     status = kernel.status()

@@ -19,7 +19,7 @@ from pathlib import Path
 from halfulp.errors import KernelError
 from halfulp.numerics.format import Format
 
-_HEADERS, _SOURCES = ("round.h", "scale.h"), ("round.c", "adamw.c", "count.c")
+_HEADERS, _SOURCES = ("round.h", "scale.h", "adamw.h"), ("round.c", "adamw.c", "count.c")
 _FLAGS = (
     "-O3",
     "-std=gnu11",
@@ -180,6 +180,11 @@ def plan(
 
 
 _plans: list[_Quantizer] = []
+
+
+def struct_at(pointer: ctypes.c_void_p) -> ctypes.Structure:
+    """The description that `plan` points to."""
+    return _Quantizer.from_address(pointer.value or 0)
 
 
 def cache_directory() -> Path:

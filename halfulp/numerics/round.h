@@ -1,14 +1,28 @@
 /* One fp32 value rounded to any format: the C twin of halfulp/numerics/rounding.py, bit for bit.
  *
  * Plain C, no dependency; compiled once per machine by kernel.py and called through ctypes. Work is
- * split by torch's own thread pool, whose entry point Python hands over. */
+ * split by torch's own thread pool, whose entry point Python hands over. On a GPU the same lines are
+ * compiled by NVRTC, which has no headers (round.cu). */
 
 #pragma once
+#ifdef __CUDACC_RTC__
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fc00000)
+#define __builtin_fabsf fabsf
+#define __builtin_copysignf copysignf
+#define INLINE static __device__ __forceinline__
+#else
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#endif
+
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -16,7 +30,9 @@
 #endif
 
 /* Of a loop whose tensors are the same one or do not overlap. */
-#if defined(__clang__)
+#if defined(__CUDACC_RTC__)
+#define IVDEP
+#elif defined(__clang__)
 #define IVDEP _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define IVDEP _Pragma("GCC ivdep")
@@ -137,7 +153,7 @@ INLINE float rounded(float x, const Quantizer q, int rounding, int kind, uint32_
 }
 
 /* Splits [0, n) over the pool if it is worth it. */
-static inline void spread(ParallelFor parallel, int64_t n, int64_t grain, Body body, const void *job) {
+INLINE void spread(ParallelFor parallel, int64_t n, int64_t grain, Body body, const void *job) {
     if (parallel && n > grain) parallel(0, n, grain, body, job);
     else if (n > 0) body(0, n, job);
 }

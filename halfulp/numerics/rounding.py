@@ -19,6 +19,7 @@ from torch import Tensor
 
 from halfulp.errors import FormatError
 from halfulp.numerics import kernel
+from halfulp.numerics.cuda import round_elements, use_cuda
 from halfulp.numerics.format import Format, get_format
 from halfulp.numerics.random import Key, words
 
@@ -117,6 +118,8 @@ def _round_into(
         piece = flat[start:stop], target[start:stop]
         if use_c(x, y):
             _round_c(*piece, fmt, rounding, saturate, used, low)
+        elif use_cuda(*piece) and not fmt.is_identity:
+            round_elements(*piece, fmt, rounding, saturate, used, low)
         else:
             _round_torch(*piece, fmt, rounding, saturate, used, low)
         start = stop

@@ -18,6 +18,7 @@ from torch import Tensor
 from halfulp.errors import ConfigError
 from halfulp.numerics import kernel
 from halfulp.numerics.apply import apply_quantizer
+from halfulp.numerics.cuda import adamw, use_cuda
 from halfulp.numerics.quantizer import Quantizer, parse_quantizer
 from halfulp.numerics.random import Key
 from halfulp.numerics.rounding import round_to, use_c
@@ -126,7 +127,7 @@ class AdamW(torch.optim.Optimizer):
         q = parse_quantizer(group["weight"])
         fused = _fused(q, weight, grad, m, v) and index % 2**32 + weight.numel() <= 2**32
         if fused and not self._counting:
-            _step_c(weight, grad, m, v, q, group["update_rounding"], key, index, scalars)
+            _step_fused(weight, grad, m, v, q, group["update_rounding"], key, index, scalars)
         else:
             self._step_torch(group, name, weight, grad, m, v, key, index, scalars)
         for moment, which in ((m, "moment_m"), (v, "moment_v")):
@@ -192,14 +193,14 @@ def _store(x: Tensor, q: Quantizer, rounding: str, key: Key | None, index: int) 
 
 
 def _fused(q: Quantizer, *tensors: Tensor) -> bool:
-    """Whether the one-pass C kernel serves these tensors and this weight format."""
+    """Whether a one-pass kernel serves these tensors and this weight format."""
     overflows = not q.saturate and q.format.overflow != "saturate"
     simple = q.is_identity or (q.scale == "none" and q.format.exponent_bits == 8 and overflows)
     weight, grad, *moments = tensors
     dtypes = (torch.float32, torch.bfloat16)
     return (
         simple
-        and use_c(*tensors)
+        and (use_c(*tensors) or use_cuda(*tensors))
         and weight.dtype in dtypes
         and grad.dtype in dtypes
         and all(t.dtype is torch.float32 for t in moments)
@@ -207,15 +208,19 @@ def _fused(q: Quantizer, *tensors: Tensor) -> bool:
     )
 
 
-def _step_c(
+def _step_fused(
     w: Tensor, grad: Tensor, m: Tensor, v: Tensor, q: Quantizer, rounding: str,
     key: Key, index: int, scalars: dict[str, float],
 ) -> None:  # fmt: skip
+    high, low = divmod(index, 1 << 32)
+    key = key.fold(high) if high else key
+    if w.is_cuda:
+        fmt = None if q.is_identity else q.format
+        adamw(w, grad, m, v, fmt, rounding, key, low, tuple(scalars.values()))
+        return
     status = kernel.status()
     assert status.library is not None
     plan = None if q.is_identity else kernel.plan(q.format, rounding, q.saturate)
-    high, low = divmod(index, 1 << 32)
-    key = key.fold(high) if high else key
     numbers = kernel.floats(tuple(scalars.values()))
     status.library.halfulp_adamw(
         status.parallel, w.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr(), w.numel(), plan,

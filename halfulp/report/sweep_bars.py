@@ -36,13 +36,17 @@ class Dot:
 def interval_figure(rows: Sequence[Row], bar_nats: float, name: str = "intervals") -> Markup | None:
     """Gap, window, sensitivity and sharpness of the recipes of one data set; None without any."""
     shown = [row for row in rows if not row.refused]
-    columns = [(title, [read(row) for row in shown], mark) for title, read, mark in _quantities(rows)]
+    columns = [
+        (title, [read(row) for row in shown], mark) for title, read, mark in _quantities(rows)
+    ]
     columns = [c for c in columns if any(dot is not None for dot in c[1])]
     if not columns:
         return None
     height = TOP + ROW * len(shown) + BOTTOM
     size = (WIDTH - NAMES - GUTTER * len(columns)) / len(columns)
-    color = colors([row.recipe for row in rows], next((r.recipe for r in rows if r.is_reference), ""))
+    color = colors(
+        [row.recipe for row in rows], next((r.recipe for r in rows if r.is_reference), "")
+    )
     with figure(WIDTH, height) as drawing:
         for k, (title, dots, mark) in enumerate(columns):
             left = NAMES + k * (size + GUTTER)
@@ -51,7 +55,9 @@ def interval_figure(rows: Sequence[Row], bar_nats: float, name: str = "intervals
             for y, (row, dot) in enumerate(zip(shown, dots, strict=True)):
                 _dot(axes, y, dot, color[row.recipe])
             axes.set_ylim(len(shown) - 0.5, -0.5)
-            axes.set_yticks(range(len(shown)), [short(r.recipe, most=18) for r in shown] if not k else [])
+            axes.set_yticks(
+                range(len(shown)), [short(r.recipe, most=18) for r in shown] if not k else []
+            )
             axes.tick_params(axis="y", labelcolor=INK, labelsize=11.5)
             axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", pad=8)
         return render(drawing, name, _describe(shown))
@@ -67,7 +73,11 @@ def _quantities(
     return [
         ("loss above the reference, nats", lambda row: _of(row.gap), 0.0),
         ("window, octaves", _window, octaves),
-        ("learning rate sensitivity, nats", lambda r: _of(r.sensitivity and r.sensitivity.reference), excess),
+        (
+            "learning rate sensitivity, nats",
+            lambda r: _of(r.sensitivity and r.sensitivity.reference),
+            excess,
+        ),
         ("logits sharpness, ratio", lambda row: _of(row.sharpness_ratio), 1.0),
     ]
 
@@ -140,13 +150,19 @@ def _axes(
 
 def _describe(rows: Sequence[Row]) -> str:
     parts = [
-        f"{row.recipe} {words.nats(row.gap.value, signed=True)}" for row in rows if row.gap is not None
+        f"{row.recipe} {words.nats(row.gap.value, signed=True)}"
+        for row in rows
+        if row.gap is not None
     ]
     return f"Recipes side by side. Loss above the reference in nats: {'; '.join(parts) or 'none'}."
 
 
 def bill_figure(
-    costs: Sequence[Cost], reference: str, labels: Mapping[str, str], *, width: int = WIDTH,
+    costs: Sequence[Cost],
+    reference: str,
+    labels: Mapping[str, str],
+    *,
+    width: int = WIDTH,
     name: str = "bill",
 ) -> Markup | None:
     """Expected total cost over the reference's, as bars with 95 % intervals; None without any.

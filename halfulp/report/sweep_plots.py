@@ -87,7 +87,9 @@ def _panel(
     if reference is not None and reference is not row:
         axes.plot(lrs, [p.mean_nats for p in reference.points], color=MUTED, lw=1.2, ls=(0, (4, 2)))
     axes.plot(lrs, [p.mean_nats for p in row.points], color=color)
-    place = {seed: 0.0 if len(seeds) == 1 else i / (len(seeds) - 1) - 0.5 for i, seed in enumerate(seeds)}
+    place = {
+        seed: 0.0 if len(seeds) == 1 else i / (len(seeds) - 1) - 0.5 for i, seed in enumerate(seeds)
+    }
     for x, point in zip(lrs, row.points, strict=True):
         for outcome in point.outcomes:
             if not outcome.failure and math.isfinite(outcome.score_nats):
@@ -146,7 +148,12 @@ def _title(axes: "Axes", row: Row, strips: Sequence[str]) -> None:
         bound = "≥ " if row.window.open_ended else ""
         note = f"{bound}{row.window.octaves:.1f} octaves"
     axes.annotate(
-        short(row.recipe, most=26), xy=(0, 1), xytext=(0, lift), fontsize=13, fontweight="bold", **place
+        short(row.recipe, most=26),
+        xy=(0, 1),
+        xytext=(0, lift),
+        fontsize=13,
+        fontweight="bold",
+        **place,
     )
     axes.annotate(note, xy=(1, 1), xytext=(0, lift), fontsize=11, color=MUTED, ha="right", **place)
 
