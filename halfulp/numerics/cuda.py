@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,11 +126,16 @@ def _groups(x: Tensor, y: Tensor, q: Quantizer, plan: Any, key: Key | None) -> N
     shape = (_at(x), _at(y), _u32(rows), _u32(columns), plan, *_keys(key))
     across = -(-columns // (width or columns))
     if height == 1 and 0 < width <= _THREADS:
-        lanes = 16 if width <= 16 else 32
+        step = 4 if columns % 4 == 0 == width % 4 and _in_fours(x, y) else 1
+        lanes = min(32, 1 << max(width // step - 1, 0).bit_length())
         blocks = -(-rows * across * lanes // _THREADS)
-        return _launch("blocks", x, blocks, (*shape, _u32(lanes), amax))
+        return _launch("blocks", x, blocks, (*shape, _u32(lanes), _u32(step), amax))
     bands = -(-rows // (height or rows))
     return _launch("tiles", x, bands * across, (*shape, amax))
+
+
+def _in_fours(*tensors: Tensor) -> bool:
+    return not any(t.data_ptr() % 16 for t in tensors)
 
 
 def _amax(x: Tensor) -> Tensor:
@@ -180,12 +186,12 @@ def _launch(name: str, x: Tensor, blocks: int, arguments: Sequence[Any]) -> None
     device = x.get_device()
     pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    function = _module(device)[name]
+    module = _module(device)
     grid = blocks, 1, 1, _THREADS, 1, 1, 0, stream
-    if device == torch.cuda.current_device():
-        return _check(_driver().cuLaunchKernel(function, *grid, pointers, None))
-    with torch.cuda.device(device):
-        return _check(_driver().cuLaunchKernel(function, *grid, pointers, None))
+    with nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
+        # Threads of autograd may not have touched CUDA yet.
+        _check(_driver().cuCtxSetCurrent(module.context))
+        _check(_driver().cuLaunchKernel(module.functions[name], *grid, pointers, None))
 
 
 @functools.cache
@@ -203,20 +209,28 @@ def _check(code: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Module:
+    """The kernels, loaded on one GPU, and torch's context there."""
+
+    context: ctypes.c_void_p
+    functions: dict[str, ctypes.c_void_p]
+
+
 @functools.cache
-def _module(device: int) -> dict[str, ctypes.c_void_p]:
-    """The kernels, loaded on one GPU."""
+def _module(device: int) -> _Module:
     major, minor = torch.cuda.get_device_capability(device)
     image = _image(f"sm_{major}{minor}")
-    module, found = ctypes.c_void_p(), {}
+    context, module, found = ctypes.c_void_p(), ctypes.c_void_p(), {}
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the context that the module is loaded in
+        _check(_driver().cuCtxGetCurrent(ctypes.byref(context)))
         _check(_driver().cuModuleLoadData(ctypes.byref(module), image))
     for name in _FUNCTIONS:
         found[name] = ctypes.c_void_p()
         wanted = f"halfulp_{name}".encode()
         _check(_driver().cuModuleGetFunction(ctypes.byref(found[name]), module, wanted))
-    return found
+    return _Module(context, found)
 
 
 def _image(architecture: str) -> bytes:

@@ -35,13 +35,32 @@ INLINE uint32_t largest_of_block(uint32_t m) {
     return largest_of_lanes(m, 32);
 }
 
+INLINE uint32_t larger(uint32_t m, float x) {
+    const uint32_t a = bits_of(x) & 0x7fffffffu;
+    return a > m ? a : m;
+}
+
+INLINE uint32_t larger_of_four(uint32_t m, float4 v) { return larger(larger(larger(larger(m, v.x), v.y), v.z), v.w); }
+
+INLINE float4 rounded_four(float4 v, const Quantizer &q, float s, float inverse, int scaled, uint32_t index, uint32_t k0, uint32_t k1) {
+    v.x = rounded_by(v.x, q, s, inverse, scaled, index, k0, k1);
+    v.y = rounded_by(v.y, q, s, inverse, scaled, index + 1, k0, k1);
+    v.z = rounded_by(v.z, q, s, inverse, scaled, index + 2, k0, k1);
+    v.w = rounded_by(v.w, q, s, inverse, scaled, index + 3, k0, k1);
+    return v;
+}
+
+/* Elements at the start of a tensor that can be moved four at a time. */
+INLINE uint32_t in_fours(const void *x, const void *y, uint32_t n) {
+    return ((unsigned long long)x | (unsigned long long)y) % 16 ? 0 : n / 4 * 4;
+}
+
 /* Bits of max |x| of the tensor; *amax is 0 before. */
 KERNEL halfulp_amax(const float *x, uint32_t n, uint32_t *amax) {
+    const uint32_t fours = in_fours(x, x, n);
     uint32_t m = 0;
-    EACH(i, n) {
-        const uint32_t a = bits_of(x[i]) & 0x7fffffffu;
-        m = a > m ? a : m;
-    }
+    EACH(i, fours / 4) m = larger_of_four(m, ((const float4 *)x)[i]);
+    EACH(i, n - fours) m = larger(m, x[fours + i]);
     m = largest_of_block(m);
     if (threadIdx.x == 0) atomicMax(amax, m);
 }
@@ -49,10 +68,14 @@ KERNEL halfulp_amax(const float *x, uint32_t n, uint32_t *amax) {
 /* Elements: without a scale, with the one at `given`, or with that of the tensor's maximum. */
 KERNEL halfulp_round(const float *x, float *y, uint32_t n, Quantizer q, uint32_t k0, uint32_t k1,
                      uint32_t index, const float *given, const uint32_t *amax) {
+    const uint32_t fours = in_fours(x, y, n);
+    const int scaled = q.scale != NONE;
     float s = 1.0f, inverse = 1.0f;
     if (q.scale == GIVEN) { s = *given; inverse = 1.0f / s; }
-    else if (q.scale != NONE) scale_of(*amax, q, q.scale, 1.0f, 1.0f, &s, &inverse);
-    EACH(i, n) y[i] = rounded_by(x[i], q, s, inverse, q.scale != NONE, index + i, k0, k1);
+    else if (scaled) scale_of(*amax, q, q.scale, 1.0f, 1.0f, &s, &inverse);
+    EACH(i, fours / 4)
+        ((float4 *)y)[i] = rounded_four(((const float4 *)x)[i], q, s, inverse, scaled, index + 4 * i, k0, k1);
+    EACH(i, n - fours) y[fours + i] = rounded_by(x[fours + i], q, s, inverse, scaled, index + fours + i, k0, k1);
 }
 
 INLINE void scale_of_tile(uint32_t m, const Quantizer &q, const uint32_t *tensor_amax, float *s, float *inverse) {
@@ -60,23 +83,24 @@ INLINE void scale_of_tile(uint32_t m, const Quantizer &q, const uint32_t *tensor
     scale_of(m, q, q.scale, global, 1.0f / global, s, inverse);
 }
 
-/* Blocks of 1 x `width` elements, each by `lanes` threads; no thread leaves early, for the shuffles. */
+/* Blocks of 1 x `width` elements, each by `lanes` threads that move `step` elements at a time (4: all
+ * addresses are multiples of 16 bytes). No thread leaves early, for the shuffles. */
 KERNEL halfulp_blocks(const float *x, float *y, uint32_t rows, uint32_t columns, Quantizer q, uint32_t k0,
-                      uint32_t k1, uint32_t lanes, const uint32_t *tensor_amax) {
+                      uint32_t k1, uint32_t lanes, uint32_t step, const uint32_t *tensor_amax) {
     const uint32_t width = q.tile_columns, across = (columns + width - 1) / width;
     const uint32_t block = (blockIdx.x * blockDim.x + threadIdx.x) / lanes, lane = threadIdx.x % lanes;
     const uint32_t row = block / across, column = block % across * width;
     const uint32_t left = columns - column, n = row < rows ? (left < width ? left : width) : 0;
     const uint32_t at = row * columns + column;
     uint32_t m = 0;
-    for (uint32_t i = lane; i < n; i += lanes) {
-        const uint32_t a = bits_of(x[at + i]) & 0x7fffffffu;
-        m = a > m ? a : m;
-    }
+    for (uint32_t i = lane * step; i < n; i += lanes * step)
+        m = step == 4 ? larger_of_four(m, *(const float4 *)(x + at + i)) : larger(m, x[at + i]);
     float s, inverse;
     scale_of_tile(largest_of_lanes(m, lanes), q, tensor_amax, &s, &inverse);
-    for (uint32_t i = lane; i < n; i += lanes)
-        y[at + i] = rounded_by(x[at + i], q, s, inverse, 1, at + i, k0, k1);
+    for (uint32_t i = lane * step; i < n; i += lanes * step)
+        if (step == 4)
+            *(float4 *)(y + at + i) = rounded_four(*(const float4 *)(x + at + i), q, s, inverse, 1, at + i, k0, k1);
+        else y[at + i] = rounded_by(x[at + i], q, s, inverse, 1, at + i, k0, k1);
 }
 
 /* Rows and tiles of any size, a thread block each. */
@@ -87,10 +111,7 @@ KERNEL halfulp_tiles(const float *x, float *y, uint32_t rows, uint32_t columns, 
     const uint32_t row = blockIdx.x / across * height, column = blockIdx.x % across * width;
     const uint32_t h = rows - row < height ? rows - row : height, w = columns - column < width ? columns - column : width;
     uint32_t m = 0;
-    for (uint32_t i = threadIdx.x; i < h * w; i += blockDim.x) {
-        const uint32_t a = bits_of(x[(row + i / w) * columns + column + i % w]) & 0x7fffffffu;
-        m = a > m ? a : m;
-    }
+    for (uint32_t i = threadIdx.x; i < h * w; i += blockDim.x) m = larger(m, x[(row + i / w) * columns + column + i % w]);
     float s, inverse;
     scale_of_tile(largest_of_block(m), q, tensor_amax, &s, &inverse);
     for (uint32_t i = threadIdx.x; i < h * w; i += blockDim.x) {
