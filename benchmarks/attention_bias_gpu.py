@@ -1,6 +1,6 @@
 """How many of many seeds fail when attention rounds P̄V to bf16, with and without shifted maxima.
 
-`python benchmarks/attention_bias_gpu.py [--seeds 20] [--steps 2000] [--jobs 5] [--dry]`. A GPT-2
+`python benchmarks/attention_bias_gpu.py [--seeds 20] [--steps 2000] [--jobs 5] [--limit S] [--dry]`. A GPT-2
 style model of 10.7 M parameters (6 layers of 384 channels, context 256) on the bytes of Python's
 standard library, bf16 autocast, AdamW at 1e-3 without decay, 8192 tokens a step: the setting in
 which arXiv:2510.04212 finds failures, ten times smaller. Attention is written out as flash
@@ -190,7 +190,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--jobs", type=int, default=5)
-    parser.add_argument("--arms", default="bf16,shifted,fp32")
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds; then no new run")
     parser.add_argument("--dry", action="store_true")
     a = parser.parse_args()
     from halfulp.tasks import run_tasks
@@ -198,7 +199,9 @@ def main() -> None:
     arms = a.arms.split(",")
     jobs = iter([Job(arm, s, a.steps, a.dry) for s in range(a.seeds) for arm in arms])
     found: dict[str, list[dict]] = {arm: [] for arm in arms}
-    for outcome in run_tasks(run, lambda: next(jobs, None), jobs=a.jobs):
+    end = time.monotonic() + a.limit
+    next_job = lambda: next(jobs, None) if time.monotonic() < end else None  # noqa: E731
+    for outcome in run_tasks(run, next_job, jobs=a.jobs):
         if outcome.error or outcome.died:
             raise RuntimeError(f"{outcome.task}: {outcome.died or outcome.error}")
         found[outcome.task.arm].append(outcome.value)
@@ -215,7 +218,9 @@ def _row(item: tuple[str, list[dict]]) -> tuple[str, ...]:
     failed = sum(r["failed"] for r in runs)
     bound = Failures(failed, len(runs))
     losses = [r["loss"] for r in runs]
-    spread = f"{statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+    spread = f"{statistics.fmean(losses):.3f}"
+    if len(losses) > 1:
+        spread += f" ± {statistics.stdev(losses):.3f}"
     seconds = f"{statistics.median(r['seconds'] for r in runs):.0f}"
     return arm, f"{failed}/{len(runs)}", f"{bound.lower:.0%} to {bound.upper:.0%}", spread, seconds
 
