@@ -203,10 +203,9 @@ def _settled(cost: Cost, money: Money) -> tuple[str, ...]:
     while factor <= MOST:
         ratio = money.with_seeds(cost.recipe, factor).ratio
         if ratio is not None and not ratio.low <= 1 <= ratio.high:
-            times = f"{factor} times as many seeds with the same shares"
-            return (
-                f"{times} would tell whether it {'pays' if ratio.high < 1 else 'does not pay'}",
-            )
+            times = "twice" if factor == 2 else f"{factor} times"
+            answer = "pays" if ratio.high < 1 else "does not pay"
+            return (f"{times} as many seeds with the same shares would show that it {answer}",)
         factor *= 2
     return ("more seeds alone would not tell",)
 

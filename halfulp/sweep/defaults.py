@@ -66,7 +66,7 @@ def _search(inputs: Inputs, octaves: float) -> tuple[Default, ...]:
     given = (inputs.prior_octaves, inputs.proxy_fraction, inputs.search_seeds)
     rows = (
         ("doubt about the learning rate", f"{octaves:.1f} octaves", "the grid of this sweep"),
-        ("one run of the search", f"{PROXY_FRACTION:.0%} of a run", _OWN),
+        ("one run of the search", f"{100 * PROXY_FRACTION:g} % of a run", _OWN),
         ("seeds of the search", "1", _OWN),
     )
     return tuple(

@@ -131,9 +131,12 @@ def _draws(
 
 
 def _widths(evidence: Evidence) -> np.ndarray | None:
-    """Octaves of the window [n]; one that is open counts as wide as it was seen at most."""
+    """Octaves of the window [n]; one that is open counts as wide as it was seen at most.
+
+    None where nothing is known: no window, or one of a single rate between unknown ones.
+    """
     window = evidence.window
-    if window is None:
+    if window is None or (window.open_ended and window.octaves == 0):
         return None
     high = window.octaves if window.open_ended else window.high
     width = Range(value=window.octaves, low=window.low, high=high)

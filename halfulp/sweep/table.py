@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from halfulp.sweep.interval import mean_interval
 from halfulp.sweep.result import Result
 from halfulp.sweep.row import Grid, Row, make_row
 from halfulp.sweep.split import Split, rounding_pairs
+
+if TYPE_CHECKING:
+    from halfulp.sweep.inputs import Inputs
 
 Key = tuple[str, float, int, str]
 
@@ -88,6 +92,17 @@ class Table:
         pairs = rounding_pairs(self.recipes)
         found = [self._split(data, *pair) for data in self.data for pair in pairs]
         return tuple(split for split in found if split is not None)
+
+    def verdict(self, bar_nats: float = 0.01, inputs: "Inputs | None" = None) -> str:
+        """One sentence per recipe: may it replace the reference? With `inputs`, does it pay?
+
+        The rules, and ConfigError for what cannot be judged: halfulp.sweep.verdict.
+        """
+        from halfulp.sweep.money import money
+        from halfulp.sweep.verdict import verdicts
+
+        bills = None if inputs is None else money(self, inputs)
+        return "\n".join(v.sentence for v in verdicts(self, bills, bar_nats=bar_nats))
 
     @cached_property
     def _rows(self) -> Mapping[tuple[str, str], Row]:

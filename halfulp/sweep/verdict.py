@@ -108,7 +108,8 @@ def _coverage(own: Evidence, tokens: float | None) -> list[str]:
     if own.missing:
         parts.append(f"{own.missing} of {own.planned} runs are not done")
     if tokens:
-        parts.append(f"evidence covers {100 * own.tokens / tokens:.2g} % of your run")
+        percent = f"{100 * own.tokens / tokens:.2g}".replace("e-0", "e-")
+        parts.append(f"evidence covers {percent} % of your run")
     return parts
 
 

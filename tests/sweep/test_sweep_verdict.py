@@ -198,12 +198,18 @@ def test_the_speedups_that_would_change_it_do():
 
 def test_the_multiple_of_seeds_that_would_change_it_does():
     table = two({"failures": Failures(0, 3)})
-    change = next(c for c in verdict(table, Inputs(speedup=1.35)).changes if "times as many" in c)
-    factor = int(change.split()[0])
+    change = next(c for c in verdict(table, Inputs(speedup=1.35)).changes if "as many seeds" in c)
+    factor = 2 if change.startswith("twice") else int(change.split()[0])
     for times, status in ((factor, PASS), (factor // 2, UNKNOWN)):
         runs = Failures(0, 3 * times)
         more = two({"failures": runs}, {"failures": runs})
         assert criterion(verdict(more, Inputs(speedup=1.35)), "cost").status == status
+
+
+def test_the_multiple_can_be_larger_than_two():
+    found = verdict(two({"failures": Failures(0, 3)}), Inputs(speedup=1.15))
+    change = next(c for c in found.changes if "as many seeds" in c)
+    assert change == "4 times as many seeds with the same shares would show that it pays"
 
 
 def test_the_runs_that_would_change_it_do():
