@@ -173,9 +173,6 @@ def judge_cost(cost: Cost, money: Money) -> Criterion:
     if ratio is None or even is None:
         pays = f"; it pays above r = {_figure(even)}" if even else ""
         return Criterion(name="cost", status=UNKNOWN, text=f"{cost.missing}{pays}")
-    if math.isinf(ratio.low):
-        text = f"no finite cost: no learning rate comes near {money.reference}'s best"
-        return Criterion(name="cost", status=FAIL, text=text)
     published = "" if money.speed_is_given(cost.recipe) else ", published"
     text = (
         f"{_figure(ratio, '×')} of {money.reference}'s cost at r = {_figure(cost.speedup)}"
@@ -219,7 +216,9 @@ def _figure(figure: Range | None, unit: str = "") -> str:
 
 
 def _number(value: float) -> str:
-    return "∞" if math.isinf(value) else f"{value:.2f}"
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.2f}" if value < 1000 else f"{value:.0e}"
 
 
 def _nats(value: float) -> str:

@@ -104,7 +104,7 @@ def bill(evidence: Evidence, reference: Evidence, inputs: Inputs, *, octaves: fl
     found = Cost(recipe=evidence.recipe, retries=spanned(retries), speedup=speedup)
     if search is None or search_reference is None:
         who = evidence.recipe if search is None else reference.recipe
-        return replace(found, missing=f"{who} has no known window of learning rates")
+        return replace(found, missing=f"no learning rate is known that suits {who}")
     found = replace(found, search=spanned(search))
     own = (1 + inputs.extra_tokens.get(evidence.recipe, 0.0)) * (retries + search)
     other = own
@@ -133,10 +133,10 @@ def _draws(
 def _widths(evidence: Evidence) -> np.ndarray | None:
     """Octaves of the window [n]; one that is open counts as wide as it was seen at most.
 
-    None where nothing is known: no window, or one of a single rate between unknown ones.
+    None without a window, and where the runs show none: a search for it may never end.
     """
     window = evidence.window
-    if window is None or (window.open_ended and window.octaves == 0):
+    if window is None or window.octaves == 0:
         return None
     high = window.octaves if window.open_ended else window.high
     width = Range(value=window.octaves, low=window.low, high=high)
