@@ -81,7 +81,7 @@ class Inputs:
             given = given.get(recipe)
         if given is not None:
             return _range(given), ()
-        rows = _published(recipe, self.gpu) if reference.startswith("bf16") else ()
+        rows = _published(recipe, self.gpu) if _is_bf16(reference) else ()
         if not rows:
             return None, ()
         middle = median(sum(row.range) / 2 for row in rows)
@@ -130,6 +130,11 @@ def _speed(text: str) -> Speed:
             "or the lowest and the highest one: 1.28-1.37."
         )
     return ends[0] if len(ends) == 1 else (ends[0], ends[1])
+
+
+def _is_bf16(reference: str) -> bool:
+    """Whether published ratios are against this: a recipe, no stages and no policy file."""
+    return reference.startswith("bf16") and "+" not in reference and not reference.endswith(".toml")
 
 
 def _published(recipe: str, gpu: str | None) -> tuple[Speedup, ...]:

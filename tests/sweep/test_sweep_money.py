@@ -171,6 +171,8 @@ def test_published_speedups_are_end_to_end_and_against_bf16():
     assert all(row.scope == "step" for row in rows)
     assert 1.2 < speed.low < speed.value < speed.high < 1.6
     assert Inputs(gpu="h100").speed_of("te_current", "fp32") == (None, ())
+    for reference in ("bf16_amp:0.2+te_current", "bf16.toml"):
+        assert Inputs().speed_of("te_current", reference) == (None, ())
     assert Inputs(gpu="h100").speed_of("nvfp4", "bf16_amp") == (None, ())
     assert Inputs(gpu="b200").speed_of("nvfp4", "bf16_amp")[0] is not None
     assert Inputs().speed_of("mask_e5m7", "bf16_amp") == (None, ())
@@ -254,3 +256,22 @@ def test_what_cannot_be_billed_is_named(call, word):
 def test_a_recipe_against_itself_costs_the_same():
     evidence = gather(two({}), "te_current")
     assert bill(evidence, evidence, KNOWN, octaves=8).ratio == Range(value=1, low=1, high=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("own", "reference", "runs"), [(0.7, 0.9, 8), (0.5, 0.6, 12)])
+def test_the_interval_of_the_break_even_holds_what_it_says(own, reference, runs):
+    # 300 sweeps with known probabilities. At a coverage of 0.95 the share that holds the truth is
+    # below 0.90 or above 0.99 with probability below 1e-3.
+    rng = np.random.default_rng(5)
+    true = cost.break_even_speedup(success=own, success_reference=reference)
+    inputs = Inputs(proxy_fraction=1e-9)
+    held = 0
+    for failed, failed_reference in rng.binomial(runs, [1 - own, 1 - reference], (300, 2)):
+        table = two(
+            {"failures": Failures(int(failed), runs)},
+            {"failures": Failures(int(failed_reference), runs)},
+        )
+        even = money(table, inputs).cost("te_current").break_even
+        held += even.low <= true <= even.high
+    assert 0.90 <= held / 300 <= 0.99

@@ -65,6 +65,17 @@ def test_a_refused_recipe(design):
     assert [cost.recipe for cost in money(table, INPUTS).costs] == ["bf16_amp", "te_current"]
 
 
+def test_a_refused_reference_leaves_nothing_to_compare_with(design):
+    def made(cell):
+        refused = {"status": "refused", "message": "no such layer", "loss_nats": math.nan}
+        return result(cell, **(refused if cell.recipe == "bf16_amp" else {}))
+
+    table = Table(design, tuple(made(cell) for cell in design.cells()))
+    found = verdicts(table, money(table, INPUTS))
+    assert {v.status for v in found} == {"could not tell"}
+    assert "no learning rate is known that suits" in found[0].sentence
+
+
 def test_nothing_that_a_sweep_can_come_to_breaks_the_verdict(design):
     chance = random.Random(3)
     statuses = [status for status in STATUSES if status != "refused"]
