@@ -74,13 +74,24 @@ def bootstrap(values: np.ndarray) -> Interval:
     return Interval(value=mean, low=low, high=high, n=len(values), method="bootstrap")
 
 
-def outer_quantiles(draws: np.ndarray) -> tuple[float, float]:
-    """The 2.5 % and 97.5 % points of draws, outward to the next of them where they fall between.
+def outer_quantiles(draws: np.ndarray, tail: float = 0.025) -> tuple[float, float]:
+    """The points with a share `tail` of the draws beyond, outward to the next draw.
 
     Few seeds give few distinct draws, and interpolation would cut off the ends.
     """
-    low = np.quantile(draws, 0.025, method="lower")
-    return float(low), float(np.quantile(draws, 0.975, method="higher"))
+    low = np.quantile(draws, tail, method="lower")
+    return float(low), float(np.quantile(draws, 1 - tail, method="higher"))
+
+
+def expanded_tail(n: int) -> float:
+    """The tail of draws that leaves out 2.5 % of the truth, for a statistic of n values.
+
+    A bootstrap draws with the variance (n − 1) / n of the sample's and as if it were known; this
+    is Φ(−√(n / (n − 1)) t), Hesterberg (arXiv:1411.5279).
+    """
+    from scipy import stats
+
+    return float(stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf(0.025, n - 1)))
 
 
 def resamples(n: int) -> np.ndarray:

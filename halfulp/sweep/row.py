@@ -119,6 +119,10 @@ class Grid:
         """The losses that the runs count with."""
         return self.array(lambda r: score_nats(r, initial_nats=initial_nats))
 
+    def finished(self, of: Callable[[Result], float]) -> np.ndarray:
+        """`of` the results that have reached their last step, as `array`."""
+        return self.array(lambda r: of(r) if r.status == "finished" else math.nan)
+
     def done(self) -> list[Result]:
         return [r for row in self.results for r in row if r is not None]
 
@@ -185,7 +189,7 @@ def _failures(points: Sequence[Point], rates: Sequence[int]) -> Failures:
 
 
 def _mean(grid: Grid, rate: int | None, of: Callable[[Result], float]) -> float | None:
-    values = [math.nan] if rate is None else grid.array(of)[rate]
+    values = [math.nan] if rate is None else grid.finished(of)[rate]
     finite = [value for value in values if math.isfinite(value)]
     return float(np.mean(finite)) if finite else None
 
@@ -197,7 +201,7 @@ def _ratio(
     if rate is None or grid.recipe == reference.recipe:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(grid.array(of)[rate]) - np.log(reference.array(of)[rate])
+        logs = np.log(grid.finished(of)[rate]) - np.log(reference.finished(of)[rate])
     interval = mean_interval(logs[np.isfinite(logs)])
     if interval is None:
         return None

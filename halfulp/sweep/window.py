@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from halfulp.sweep.gap import best_rate, mean_losses
-from halfulp.sweep.interval import FEW, outer_quantiles, resamples
+from halfulp.sweep.interval import FEW, expanded_tail, outer_quantiles, resamples
 
 SHARE = 0.02  # of the reference's best loss: the tolerance δ
 
@@ -55,10 +55,11 @@ def window(
     interpolated linearly in log2 η. `lrs` ascend. `delta_nats` None: 2 % of the reference's best
     loss ℓ*_ref. None where the recipe or the reference has no known run.
 
-    With `FEW` seeds or more the interval is the percentile bootstrap over seeds, the recipe's and
-    the reference's drawn together. Fewer never leave their own range (halfulp.sweep.interval), so
-    there the curve is moved up and down by its 95 % band (Student's, of the paired differences
-    from the reference's best) and read off again; failed runs widen it.
+    With `FEW` seeds or more the interval is the bootstrap over seeds, the recipe's and the
+    reference's drawn together, its percentiles expanded for small n. Fewer never leave their own
+    range (halfulp.sweep.interval), so there the curve is moved up and down by its 95 % band
+    (Student's, of the paired differences from the reference's best) and read off again; failed
+    runs widen it.
     """
     best, star = best_rate(losses_LS), best_rate(reference_LS)
     if best is None or star is None:
@@ -171,6 +172,7 @@ def _bootstrap(
     excess_LD = _excess(losses_LS[:, drawn], reference_LS[:, drawn], delta_nats)
     excess_LD = excess_LD[:, ~np.isnan(excess_LD).all(axis=0)]
     spans = [_span(column, x, int(np.nanargmin(column))) for column in excess_LD.T]
-    low, _ = outer_quantiles(np.array([span.octaves for span in spans]))
-    _, high = outer_quantiles(np.array([span.most for span in spans]))
+    tail = expanded_tail(drawn.shape[1])
+    low, _ = outer_quantiles(np.array([span.octaves for span in spans]), tail)
+    _, high = outer_quantiles(np.array([span.most for span in spans]), tail)
     return low, high

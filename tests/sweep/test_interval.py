@@ -9,7 +9,9 @@ from halfulp.sweep.interval import (
     FEW,
     bootstrap,
     bootstrap_t,
+    expanded_tail,
     mean_interval,
+    outer_quantiles,
     resamples,
     student,
 )
@@ -70,6 +72,15 @@ def test_shift_and_scale_move_the_interval_along():
         assert (b.value, b.low, b.high) == pytest.approx(
             (3 * a.value + 1, 3 * a.low + 1, 3 * a.high + 1)
         )
+
+
+def test_quantiles_go_outward_and_the_tail_shrinks_with_few_values():
+    assert outer_quantiles(np.arange(27.0)) == (0, 26)
+    assert outer_quantiles(np.arange(101.0), 0.1) == (10, 90)
+    assert outer_quantiles(np.arange(100.0), 0.1) == (9, 90)
+    assert expanded_tail(3) < 1e-6
+    assert expanded_tail(8) == pytest.approx(0.0057, abs=1e-4)
+    assert expanded_tail(10_000) == pytest.approx(0.025, rel=1e-3)
 
 
 def coverage(of, draw, n: int, repeats: int, seed: int = 0) -> float:
