@@ -1,5 +1,7 @@
 """What commands share: outputs checked before any work, pairs of options, steps that are shown."""
 
+import dataclasses
+import math
 import os
 import shlex
 import sys
@@ -49,6 +51,17 @@ def words(option: str, text: str) -> list[str]:
     if not found:
         raise ConfigError(f"{option} is empty. Give for example bf16,e4m3.")
     return found
+
+
+def plain(value: Any) -> Any:
+    """`value` ready for JSON: dataclasses as dicts, numbers that JSON has no word for as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def command_line() -> str:

@@ -1,13 +1,12 @@
 """`halfulp guard explain` and `halfulp guard map`: what the guard of a run has done."""
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfulp.cli.common import check_outputs, quiet_transformers
+from halfulp.cli.common import check_outputs, plain, quiet_transformers
 
 if TYPE_CHECKING:
     from halfulp.report.guard_words import First
@@ -35,7 +34,7 @@ def explain(
     for i, story in enumerate(found.stories, 1):
         _print_story(i, story, found)
     if json_ is not None:
-        json_.write_text(json.dumps(_plain(figures(found)), indent=1) + "\n", encoding="utf-8")
+        json_.write_text(json.dumps(plain(figures(found)), indent=1) + "\n", encoding="utf-8")
         print(f"figures: {json_}")
 
 
@@ -136,12 +135,3 @@ def _print_map(found: "PrecisionMap") -> None:
     print(f"{len(found.raised)} of {found.blocks} blocks stand above the run's own policy")
     rows = [(block, own, recipe(name)) for block, (own, name) in found.raised.items()]
     print_table(("block", "own recipe", "raised to"), rows)
-
-
-def _plain(value: Any) -> Any:
-    """`value` with numbers that JSON has no word for as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
