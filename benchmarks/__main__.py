@@ -1,7 +1,7 @@
 """Run every benchmark, or those that are named: `python -m benchmarks [NAME …] [--quick]`.
 
-Those with gpu in their name need a CUDA device and run only where they are named. Writes benchmarks/RESULTS.md, where the
-sections of the others stay as they are.
+Those with gpu in their name need a CUDA device and run only where they are named. Writes
+benchmarks/RESULTS.md, where the sections of the others stay as they are.
 """
 
 import datetime

@@ -35,6 +35,7 @@ from halfulp.train.model import build_model, next_token_loss
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),  # says what it is, once
 ]
 
 KEY = Key.of(0, "cuda")
