@@ -185,4 +185,5 @@ def _conclude(table: "Table", path: Path) -> None:
     print(f"{len(table.results)} of {len(table.design.cells())} runs done: {path}")
     if missing:
         print(f"go on with: halfulp sweep --resume {path}")
+    print(table.verdict())
     print(f"see: halfulp report {path}")
