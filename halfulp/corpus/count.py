@@ -7,6 +7,7 @@ from pathlib import Path
 from halfulp.corpus.config import CountConfig
 from halfulp.corpus.files import stat_of
 from halfulp.corpus.progress_file import Progress, load_progress, save_progress
+from halfulp.corpus.read import Notes
 from halfulp.corpus.scan import Counted, Shard, scan
 from halfulp.data.corpus import SourceFile
 from halfulp.errors import NothingLeftError, RunError
@@ -53,7 +54,7 @@ def count(
             counting.save()
     if progress_file is not None:
         progress_file.unlink(missing_ok=True)
-    _check_left(progress.counted, files)
+    check_left(progress.counted.notes, files)
     return progress.counted
 
 
@@ -144,8 +145,9 @@ def _died(shard: Shard, how: str) -> RunError:
     )
 
 
-def _check_left(counted: Counted, files: Sequence[SourceFile]) -> None:
-    skipped = counted.notes.skipped
+def check_left(notes: Notes, files: Sequence[SourceFile]) -> None:
+    """NothingLeftError when every file was skipped."""
+    skipped = notes.skipped
     if skipped and len(skipped) == len(files):
         path, why = next(iter(skipped.items()))
         raise NothingLeftError(

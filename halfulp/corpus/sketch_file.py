@@ -45,8 +45,8 @@ class Amounts:
 class Sketch:
     """The distinct sequences of a corpus or a part of it.
 
-    `checkpoints`: (occurrences, estimate) along the corpus in its order, a factor √2 apart; empty
-    after a merge, which has no order.
+    `checkpoints`: (occurrences, estimate) along the corpus in the order of its files, at least a
+    factor √2 apart, and at its end; empty after a merge, which has no order.
     """
 
     definition: Definition
@@ -67,7 +67,7 @@ def save(sketch: Sketch, path: Path) -> None:
     for file, image in ((hll, sketch.hll.to_bytes()), (theta, sketch.theta.to_bytes())):
         with replacing(file) as out:
             out.write(image)
-    write_json(sidecar, _facts(sketch))
+    write_json(sidecar, facts_of(sketch))
 
 
 def load(path: Path) -> Sketch:
@@ -129,7 +129,8 @@ def require_alike(one: Sketch, other: Sketch) -> None:
             )
 
 
-def _facts(sketch: Sketch) -> dict[str, Any]:
+def facts_of(sketch: Sketch) -> dict[str, Any]:
+    """What the side-car says."""
     return {
         "format": _FORMAT,
         "halfulp": halfulp.__version__,
