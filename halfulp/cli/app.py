@@ -3,6 +3,7 @@
 import typer
 
 from halfulp.cli.check import CheckCommand, check
+from halfulp.cli.corpus import corpus
 from halfulp.cli.demo import demo
 from halfulp.cli.formats import formats
 from halfulp.cli.guard import guard
@@ -28,4 +29,5 @@ for command in (demo, train, check, sharpness, report, recipes, formats, info):
     app.command(cls=CheckCommand if command is check else None)(command)
 app.add_typer(guard)
 app.add_typer(plan)
+app.add_typer(corpus)
 app.add_typer(sweep)

@@ -47,7 +47,7 @@ def forecast(tally: Tally, factor: float, *, allow_far: bool = False) -> Forecas
     Raises DataError for a factor below 1 or, unless `allow_far`, above FARTHEST, and for an empty
     corpus.
     """
-    _check(factor, allow_far)
+    check_factor(factor, allow_far=allow_far)
     record = Record(tally)
     whole = record.part()
     if not whole.distinct:
@@ -115,7 +115,8 @@ def _errors(factor: float, backtest: float | None) -> tuple[float, float]:
     return min(low, seen), max(high, seen)
 
 
-def _check(factor: float, allow_far: bool) -> None:
+def check_factor(factor: float, *, allow_far: bool) -> None:
+    """DataError for a factor that `forecast` refuses."""
     if not factor >= 1 or math.isinf(factor):
         raise DataError(f"a corpus of {factor} times the size was asked for; give 1 or more.")
     if factor > FARTHEST and not allow_far:

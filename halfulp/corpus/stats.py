@@ -50,6 +50,31 @@ class Stats:
         known = [count.shuffled for count in self.counts.values() if count.shuffled is not None]
         return all(known) if known else None
 
+    def notes(self) -> list[str]:
+        """Sentences that a reader of the figures must know."""
+        found = [f"skipped {path}: {why}" for path, why in self.skipped.items()]
+        found += [
+            f"{path} holds {count:,} bytes that are not UTF-8; they are counted as letters"
+            for path, count in self.invalid.items()
+        ]
+        found += [
+            f"{path} does not mark its documents and is counted as one; name their end with "
+            "--end-token"
+            for path in self.unmarked
+        ]
+        if not self.documents:
+            found.append("0 documents: there is nothing to count")
+        if self.shuffled is False:
+            found.append(_not_shuffled(self))
+        sampled = [count for count in self.counts.values() if not count.exact]
+        if sampled:
+            worst = max(count.rel_std for count in sampled)
+            found.append(
+                f"exact where no ± stands; elsewhere a sample of the sequences, standard error up "
+                f"to {worst:.1%}. A larger --keep makes more of them exact"
+            )
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for JSON; what is unknown is null."""
         head = {"format": FORMAT, "halfulp": version("halfulp"), "normalization": NORMALIZATION}
@@ -113,6 +138,17 @@ def load_stats(path: Path) -> Stats:
         return Stats(**known)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged: {error!r} is missing or wrong. {cure}") from error
+
+
+def _not_shuffled(stats: Stats) -> str:
+    judged = [count for count in stats.counts.values() if count.shuffled is False]
+    worst = max(judged, key=lambda c: abs((c.order_exponent or 0) - (c.random_exponent or 0)))
+    return (
+        f"not shuffled: from the first half of the files to the whole, {worst.name} grows with "
+        f"the exponent {worst.order_exponent:.2f}, from a random half with "
+        f"{worst.random_exponent:.2f}. The figures here are of documents in random order; a run "
+        "that reads only the first part sees another corpus. Shuffle it before training"
+    )
 
 
 def _json(count: Growth) -> dict[str, Any]:

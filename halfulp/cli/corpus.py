@@ -1,0 +1,13 @@
+"""`halfulp corpus`: how much there is in a corpus, and how that grows."""
+
+import typer
+
+from halfulp.cli.corpus_count import growth, stats
+
+corpus = typer.Typer(
+    name="corpus",
+    help="Count the unique sequences of a corpus, its duplicates, and what more text would add.",
+    no_args_is_help=True,
+)
+for command in (stats, growth):
+    corpus.command()(command)
