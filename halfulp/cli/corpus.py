@@ -3,11 +3,12 @@
 import typer
 
 from halfulp.cli.corpus_count import growth, stats
+from halfulp.cli.corpus_sketch import merge, overlap, sketch
 
 corpus = typer.Typer(
     name="corpus",
     help="Count the unique sequences of a corpus, its duplicates, and what more text would add.",
     no_args_is_help=True,
 )
-for command in (stats, growth):
+for command in (stats, growth, sketch, merge, overlap):
     corpus.command()(command)

@@ -111,8 +111,8 @@ def overlap(
         ("share of the union (Jaccard)", *_range(found.jaccard, "{:.2%}")),
     ]
     print_table((first.definition.sequences, "", "95 % interval"), rows)
-    counted = "all distinct sequences" if found.exact else "sampled distinct sequences"
-    typer.echo(f"From {found.compared:,} {counted}.")
+    which = "all" if found.exact else "a sample of"
+    typer.echo(f"From {which} {found.compared:,} distinct sequences of the two.")
 
 
 def _named(out: Path, names: Sequence[str]) -> dict[str, Path]:
