@@ -20,6 +20,8 @@ _PREAMBLE_INTS, _VERSION, _FAMILY = 10, 1, 7
 _COMPACT, _OUT_OF_ORDER = 8, 16
 _HLL_8 = 2 | 2 << 2
 _CHUNK = 1 << 14
+# The largest h2 that raises a register of each value; none raises 63, which stands for more too.
+_BOUNDS = np.array([((1 << 64) - 1) >> value for value in range(LARGEST)] + [0], np.uint64)
 
 
 class Hll:
@@ -95,11 +97,15 @@ def slots_of(h1: np.ndarray, lg_k: int) -> np.ndarray:
     return (h1 & np.uint64((1 << lg_k) - 1)).astype(np.int64)
 
 
+def raises(registers: np.ndarray, slots: np.ndarray, h2: np.ndarray) -> np.ndarray:
+    """Which keys would raise their register (mask)."""
+    return h2 <= _BOUNDS[registers[slots]]
+
+
 def raise_registers(registers: np.ndarray, slots: np.ndarray, h2: np.ndarray) -> None:
     """registers[slots] = max(registers[slots], rank(h2)), in place."""
-    ranks = rank(h2)
-    higher = ranks > registers[slots]
-    np.maximum.at(registers, slots[higher], ranks[higher])
+    higher = np.flatnonzero(raises(registers, slots, h2))
+    np.maximum.at(registers, slots[higher], rank(h2[higher]))
 
 
 def rank(h2: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from halfulp.corpus import murmur
-from halfulp.corpus.hll import raise_registers, slots_of
+from halfulp.corpus.hll import raise_registers, raises, slots_of
 from halfulp.corpus.keys import BLOCK, MOST, Block, first_end, ngram_keys, prefix
 
 LARGEST_HASH = (1 << 64) - 1
@@ -58,12 +58,18 @@ class NumpyNear:
         found = [_near(block, sums, n, bound, self._work[1:]) for n, bound in pairs]
         ends, a, b = map(np.concatenate, zip(*found, strict=True))
         rows = np.repeat(np.arange(len(found)), [len(e) for e, _, _ in found])
-        keep = block.inside(ends, np.asarray(task.orders)[rows], apart=task.apart)
-        rows, ends, (h1, h2) = rows[keep], ends[keep], murmur.finished(a[keep], b[keep])
-        raise_registers(
-            task.registers.reshape(-1), slots_of(h1, task.lg_k) + (rows << task.lg_k), h2
-        )
-        hit = np.flatnonzero((h2 <= cuts[rows]) & (cuts[rows] > 0)) if cuts.any() else slice(0)
+        h1, h2 = murmur.finished(a, b)
+        slots = slots_of(h1, task.lg_k) + (rows << task.lg_k)
+        registers = task.registers.reshape(-1)
+        wanted = raises(registers, slots, h2)
+        if cuts.any():
+            wanted |= (h2 <= cuts[rows]) & (cuts[rows] > 0)
+        chosen = np.flatnonzero(wanted)
+        orders = np.asarray(task.orders)[rows[chosen]]
+        chosen = chosen[block.inside(ends[chosen], orders, apart=task.apart)]
+        rows, h2 = rows[chosen], h2[chosen]
+        raise_registers(registers, slots[chosen], h2)
+        hit = (h2 <= cuts[rows]) & (cuts[rows] > 0)
         return Hits(rows[hit], h2[hit])
 
 
