@@ -193,7 +193,7 @@ def _print_growth(
     rows = []
     for name, count in found.counts.items():
         parts = [_at(count, share) for share in shares]
-        cells = [_forecast_cell(f) for f in ahead.get(name, [])]
+        cells = [_forecast_cell(f) for f in ahead[name]] if name in ahead else [""] * len(asked)
         rows.append([name, *parts, _unique(count.distinct, count), _exponent(count), *cells])
     print_table((*columns, *(f"× {factor:g} (80 % band)" for factor in asked)), rows)
 

@@ -48,7 +48,7 @@ def groups(
 ) -> Iterator[Group]:
     """The documents of numbered files; files that are no text are left out and noted.
 
-    A piece is a document, or at most 2^18 characters or 2^16 tokens of a longer one.
+    A piece is a document, or at most 2^18 characters or 2^12 tokens of a longer one.
     Raises DataError, naming the place, for what is broken.
     """
     pieces, numbers, size = [], [], 0

@@ -10,7 +10,7 @@ from halfulp.corpus.config import CountConfig
 from halfulp.data.token_files import TokenFile, read_token_file
 from halfulp.errors import DataError
 
-PIECE = 1 << 16  # tokens; longer documents arrive in several pieces
+PIECE = 1 << 12  # tokens; longer documents arrive in several pieces
 _CHUNK = 1 << 20
 
 

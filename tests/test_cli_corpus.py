@@ -1,0 +1,268 @@
+"""`halfulp corpus stats` and `growth`: figures, refusals and exit codes."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from halfulp.cli import main
+from halfulp.corpus import count as counting
+from halfulp.corpus.stats import load_stats
+from halfulp.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("HALFULP_CACHE", str(folder))
+    return folder
+
+
+def run(capsys, *arguments: str | Path) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main(["corpus", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def text_of(seed: int, words: int) -> str:
+    chance = random.Random(seed)
+    return " ".join(str(int(chance.paretovariate(0.7)) % 5000) for _ in range(words))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "text"
+    made.mkdir()
+    for i in range(60):
+        (made / f"{i:02d}.txt").write_text(text_of(i, 300))
+    return made
+
+
+def test_help_names_the_commands(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for command in ("stats", "growth"):
+        assert f"  {command}  " in out
+        code, told, _ = run(capsys, command, "--help")
+        assert code == 0
+        assert "Exit codes: 0 done, 2 something is wrong, 3 no file is text, 130 stopped" in told
+
+
+def test_stats_are_printed_written_and_read_again(capsys, folder, tmp_path):
+    path = tmp_path / "stats.json"
+    code, out, _ = run(capsys, "stats", folder, "--words", "1,3", "-o", path, "-j", "1")
+    assert code == 0
+    assert "60 files" in out
+    assert "18,000 words, 60 documents" in out
+    found = load_stats(path)
+    words = [d.split() for d in (text_of(i, 300) for i in range(60))]
+    assert found.counts["words:1"].distinct == len({w for d in words for w in d})
+    triples = {tuple(d[i : i + 3]) for d in words for i in range(298)}
+    assert found.counts["words:3"].distinct == len(triples)
+    assert found.counts["words:3"].occurrences == 60 * 298
+    assert found.symbols == {"words": 18000}
+    assert found.counts["documents"].unique_symbols == 18000
+    again = json.loads(path.read_text())
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False)) == again
+    code, out, _ = run(capsys, "stats", folder, "--words", "1,3", "--json", "-j", "1")
+    assert json.loads(out) == again
+
+
+def test_nothing_is_overwritten_without_force(capsys, folder, tmp_path):
+    path = tmp_path / "stats.json"
+    path.write_text("mine")
+    code, _, err = run(capsys, "stats", folder, "-o", path)
+    assert (code, path.read_text()) == (2, "mine")
+    assert "--force" in err
+    assert run(capsys, "stats", folder, "-o", path, "--force", "-j", "1")[0] == 0
+    assert load_stats(path).files == 60
+
+
+def test_growth_prints_forecasts_and_draws(capsys, folder, tmp_path):
+    plot, out_file = tmp_path / "g.svg", tmp_path / "g.json"
+    code, out, _ = run(
+        capsys, "growth", folder, "--words", "2", "--to", "2,8", "--plot", plot, "-o", out_file,
+        "-j", "1",
+    )  # fmt: skip
+    assert code == 0
+    assert "× 2 (80 % band)" in out
+    assert plot.read_text().count("<svg") == 1
+    made = json.loads(out_file.read_text())["forecasts"]["words:2"]
+    assert [f["factor"] for f in made] == [2, 8]
+    assert made[0]["low"] < made[0]["distinct"] < made[0]["high"] < made[1]["low"]
+    assert load_stats(out_file).counts["words:2"].distinct < made[0]["low"]
+
+
+def test_far_forecasts_are_refused_unless_allowed(capsys, folder):
+    code, _, err = run(capsys, "growth", folder, "--to", "16")
+    assert code == 2
+    assert "--allow-far" in err
+    code, out, _ = run(capsys, "growth", folder, "--to", "16", "--allow-far", "-j", "1")
+    assert code == 0
+    assert "× 16" in out
+
+
+def test_an_empty_file_is_no_document(capsys, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    path = tmp_path / "s.json"
+    code, out, _ = run(capsys, "growth", tmp_path / "empty.txt", "-o", path)
+    assert code == 0
+    assert "note: 0 documents" in out
+    found = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert found["counts"]["words:3"]["slope"] is None
+    assert found["counts"]["words:3"]["distinct"] == 0
+
+
+@pytest.mark.parametrize("content", [b"abc\0def" * 40, b"caf\xe9 au lait " * 40, b"\xff\xfea\0b\0"])
+def test_binary_files_are_skipped_and_named(capsys, folder, content):
+    (folder / "a.exe").write_bytes(content)
+    code, out, _ = run(capsys, "stats", folder, "-j", "1")
+    assert code == 0
+    assert f"note: skipped {folder / 'a.exe'}: " in out
+    assert "60 documents" in out
+    code, out, _ = run(capsys, "stats", folder, "-j", "1", "--bytes")
+    assert code == 0
+    assert "61 documents" in out
+    code, _, err = run(capsys, "stats", folder / "a.exe")
+    assert code == 3
+    assert "--bytes" in err
+
+
+def test_a_few_invalid_bytes_are_counted_as_letters(capsys, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone two\r\n" * 1 + b"three four\r\n" * 400 + b"caf\xe9 x")
+    code, out, _ = run(capsys, "stats", path, "--words", "1", "-j", "1")
+    assert code == 0
+    assert "1 bytes that are not UTF-8" in out
+    row = next(line for line in out.splitlines() if line.startswith("words:1")).split()
+    assert row[1:3] == ["804", "6"]  # no byte order mark and no carriage return among them
+
+
+def test_broken_input_is_named_with_its_place(capsys, tmp_path):
+    def refused(name: str, content: bytes, says: str, *more: str) -> None:
+        path = tmp_path / name
+        path.write_bytes(content)
+        code, _, err = run(capsys, "stats", path, *more)
+        assert code == 2
+        assert says in err
+        assert name in err
+
+    packed = gzip.compress(text_of(0, 5000).encode())
+    refused("cut.txt.gz", packed[:-20], "broken or cut off")
+    zstandard = pytest.importorskip("zstandard")
+    refused("cut.txt.zst", zstandard.compress(text_of(0, 5000).encode())[:-20], "cut off")
+    rows = b'{"text": "a"}\n{"body": "b"}\n'
+    refused("key.jsonl", rows, "line 2 has no key 'text'; its keys are 'body'")
+    refused("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8")
+    refused("odd.bin", b"\0" * 7, "no multiple of 2")
+    big = np.array([1, 2, 70], "<u2").tobytes()
+    refused(
+        "vocab.bin",
+        big,
+        "the token 70 at position 2, outside the vocabulary of 50",
+        "--vocab",
+        "50",
+    )
+    refused("words.bin", big, "is tokenized already", "--words", "3")
+    refused("plain.txt", b"some text", "Name the tokenizer", "--tokens", "3")
+
+
+def test_missing_paths_and_empty_folders_are_exit_2(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(capsys, "stats", tmp_path / "empty")
+    assert (code, "holds no file" in err) == (2, True)
+    code, _, err = run(capsys, "stats", tmp_path / "emty")
+    assert (code, "the nearest path is" in err) == (2, True)
+    code, _, err = run(capsys, "stats", tmp_path, "--words", "0")
+    assert (code, "lengths must lie in 1 … 1024" in err) == (2, True)
+    code, _, err = run(capsys, "stats", tmp_path / "empty", "--words", "x")
+    assert (code, "Give whole numbers" in err) == (2, True)
+
+
+def test_token_files_without_marks_are_one_document(capsys, tmp_path):
+    np.arange(5000, dtype="<u2").tofile(tmp_path / "a.bin")
+    code, out, _ = run(capsys, "stats", tmp_path / "a.bin", "--windows", "16")
+    assert code == 0
+    assert "5,000 tokens, 1 documents" in out
+    assert "name their end with --end-token" in out
+    code, out, _ = run(capsys, "stats", tmp_path / "a.bin", "--end-token", "999")
+    assert "4,999 tokens, 2 documents" in out
+
+
+def test_a_stopped_count_is_resumed(capsys, folder, tmp_path, monkeypatch):
+    whole = tmp_path / "whole.json"
+    monkeypatch.setattr(counting, "SHARD_BYTES", 4000)
+    assert run(capsys, "stats", folder, "-j", "1", "-o", whole)[0] == 0
+    code, _, err = run(capsys, "stats", folder, "--resume")
+    assert (code, "nothing to resume" in err) == (2, True)
+    stop_at, scan = 7, counting.scan
+
+    def stopping(shard, progress):
+        if shard.index == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        return scan(shard, progress)
+
+    monkeypatch.setattr(counting, "scan", stopping)
+    code, out, err = run(capsys, "stats", folder, "-j", "1")
+    assert (code, out) == (130, "")
+    assert f"stopped after {stop_at} of " in err
+    assert "--resume" in err
+    seen = []
+    monkeypatch.setattr(counting, "scan", lambda s, p: seen.append(s.index) or scan(s, p))
+    resumed = tmp_path / "resumed.json"
+    assert run(capsys, "stats", folder, "-j", "1", "--resume", "-o", resumed)[0] == 0
+    assert min(seen) == stop_at
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_damaged_progress_is_refused(capsys, folder, own_cache, monkeypatch):
+    monkeypatch.setattr(counting, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(counting, "_SECONDS_BETWEEN_SAVES", -1.0)
+
+    def failing(shard, progress):
+        if shard.index == 3:
+            raise DataError("no more")
+        return real(shard, progress)
+
+    real = counting.scan
+    monkeypatch.setattr(counting, "scan", failing)
+    assert run(capsys, "stats", folder, "-j", "1")[0] == 2
+    (kept,) = (own_cache / "corpus").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-50])
+    code, _, err = run(capsys, "stats", folder, "-j", "1", "--resume")
+    assert (code, "is damaged" in err) == (2, True)
+
+
+@pytest.mark.slow  # processes import numpy for a second or more each
+def test_processes_and_one_process_write_the_same(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(counting, "SHARD_BYTES", 20000)
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    options = ("--words", "1,3,8", "--keep", "2000")
+    assert run(capsys, "stats", folder, *options, "-j", "1", "-o", one)[0] == 0
+    assert run(capsys, "stats", folder, *options, "-j", "2", "-o", two)[0] == 0
+    assert one.read_bytes() == two.read_bytes()
+    assert "not" not in json.loads(one.read_text())["counts"]["words:1"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_what_can_be_resumed(folder, tmp_path):
+    big = tmp_path / "big"
+    big.mkdir()
+    for i in range(6):
+        (big / f"{i}.txt").write_text(text_of(i, 1000) * 8000)  # 35 MB each: a shard of its own
+    command = [sys.executable, "-m", "halfulp", "corpus", "stats", str(big), "-j", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    time.sleep(6)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume" in err
