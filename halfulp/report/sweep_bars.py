@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from halfulp.report import words
 from halfulp.report.curves import short
 from halfulp.report.html import Markup
-from halfulp.report.svg import CARD, INK, MUTED, SERIES, figure, render
+from halfulp.report.svg import CARD, INK, LINE, MUTED, SERIES, figure, render
 from halfulp.report.sweep_plots import colors
 from halfulp.sweep.money import Cost
 from halfulp.sweep.ranges import Range

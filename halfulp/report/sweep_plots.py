@@ -1,12 +1,12 @@
 """Figures of a sweep: losses over learning rates, what each recipe costs the model, the bill."""
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from halfulp.report.curves import short
 from halfulp.report.html import Markup
-from halfulp.report.svg import CARD, INK, MUTED, figure, render, series_style
+from halfulp.report.svg import CARD, INK, MUTED, SERIES, figure, render, series_style
 from halfulp.sweep.divergence import FAR, NONFINITE, STOPPED, UNIGRAM, UNRECOVERED
 from halfulp.sweep.table import Row
 
