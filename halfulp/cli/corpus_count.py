@@ -1,10 +1,9 @@
 """`halfulp corpus stats` and `halfulp corpus growth`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -34,8 +33,7 @@ def stats(
     jobs: options.Jobs = 0,
     ray: options.Ray = "",
     resume: options.Resume = False,
-    out: options.Out = None,
-    json_: options.Json = False,
+    json_: options.JsonFile = None,
     force: options.Force = False,
 ) -> None:
     """Unique sequences and duplicates: documents, lines, words:n, tokens:n.
@@ -45,16 +43,13 @@ def stats(
 
     Exit codes: 0 done, 2 something is wrong, 3 no file is text, 130 stopped and resumable.
     """
-    check_outputs({"--out": out}, force=force)
+    check_outputs({"--json": json_}, force=force)
     config = options.config_of(
         words, tokens, windows, tokenizer, text_key, end_token, vocab, keep, bytes_
     )
     found, _ = _count(paths, config, jobs=jobs, ray=ray, resume=resume)
-    if out is not None:
-        found.save(out)
-    if json_:
-        print(json.dumps(found.to_json(), indent=1))
-        return
+    if json_ is not None:
+        found.save(json_)
     _print_head(found)
     rows = [_row(count) for count in found.counts.values()]
     print_table(("", "occurrences", "unique", "U/T", "exponent", "doubled by"), rows)
@@ -82,8 +77,7 @@ def growth(
     ray: options.Ray = "",
     resume: options.Resume = False,
     plot: Annotated[Path | None, typer.Option(help="Write the curves there (SVG).")] = None,
-    out: options.Out = None,
-    json_: options.Json = False,
+    json_: options.JsonFile = None,
     force: options.Force = False,
 ) -> None:
     """How the unique sequences grow with the corpus, and how many a larger one would hold.
@@ -95,7 +89,7 @@ def growth(
     """
     from halfulp.corpus.forecast import check_factor, forecast
 
-    check_outputs({"--out": out, "--plot": plot}, force=force)
+    check_outputs({"--json": json_, "--plot": plot}, force=force)
     asked = options.factors("--to", to)
     for factor in asked:
         check_factor(factor, allow_far=allow_far)
@@ -108,13 +102,7 @@ def growth(
         for name, count in found.counts.items()
         if count.distinct
     }
-    shown = found.to_json() | {
-        "forecasts": {name: [asdict(f) for f in ahead.get(name, [])] for name in found.counts}
-    }
-    _write(out, plot, shown, found, ahead)
-    if json_:
-        print(json.dumps(shown, indent=1))
-        return
+    _write(json_, plot, found, ahead)
     _print_head(found)
     _print_growth(found, ahead, asked)
     _print_notes(found)
@@ -140,16 +128,16 @@ def _count(
 
 
 def _write(
-    out: Path | None,
+    json_: Path | None,
     plot: Path | None,
-    shown: Mapping[str, Any],
     found: "Stats",
     ahead: "Mapping[str, Sequence[Forecast]]",
 ) -> None:
     from halfulp.data.cache import write_json
 
-    if out is not None:
-        write_json(out, shown)
+    if json_ is not None:
+        forecasts = {name: [asdict(f) for f in ahead.get(name, [])] for name in found.counts}
+        write_json(json_, found.to_json() | {"forecasts": forecasts})
     if plot is not None:
         from halfulp.report.growth_plot import growth_svg
 

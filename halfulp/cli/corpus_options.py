@@ -61,7 +61,10 @@ Ray = Annotated[str, typer.Option(help="Count on a Ray cluster: its address, or 
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the same count, which was stopped.")
 ]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures there (JSON).")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", "-o", help="Write all figures there: what plan --corpus takes."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print all figures as JSON instead.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the files to be written.")]
 
