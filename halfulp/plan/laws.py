@@ -21,7 +21,7 @@ class Law:
     title: str
     formula: str
     source: str
-    read: str  # "source", "second hand" or "recalled"
+    read: str  # "source" or "second hand"
     coefficients: Mapping[str, float] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)  # standard errors, as published
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # what was fitted on

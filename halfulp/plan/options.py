@@ -11,6 +11,7 @@ from halfulp.plan.precisions import Precision
 from halfulp.plan.search import root_log
 from halfulp.speedups import Speed
 
+_WHOLE_LAYER = 2.0  # operands of a layer's three GEMMs over those that the law of formats rounds
 _FASTEST = 16.0  # ratio of step times up to which a break-even is looked for
 _DECADES_BELOW, _DECADES_ABOVE, _PER_DECADE = 3, 4, 3  # of the budgets that are compared
 
@@ -82,9 +83,13 @@ class Way:
             serving_gpu_hours=serving / self.flops_per_hour,
         )
 
+    def optimum_after(self, gpu_hours: float) -> tuple[float, float]:
+        """Parameters and tokens of `gpu_hours`."""
+        return self.setting.optimum(gpu_hours * self.flops_per_hour)
+
     def loss_after(self, gpu_hours: float) -> float:
         """The least loss of `gpu_hours`."""
-        return self.setting.least_loss(gpu_hours * self.flops_per_hour)
+        return self.setting.loss(*self.optimum_after(gpu_hours))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,24 +97,31 @@ class Comparison:
     """A precision against the reference at equal GPU time.
 
     `gain_nats` at the budget of the plan; `break_even_speed` is the ratio of step times at which
-    both reach the same loss there (None: no ratio up to 16 does); `crossings_gpu_hours` are the
-    budgets at which the sign of the gain changes; `curve` holds (GPU-hours, gain) over seven
-    decades.
+    both reach the same loss there (None: no ratio up to 16 does); `penalty_margin` is how many
+    times as large as the law's the loss added by the format may be before the gain is gone;
+    `crossings_gpu_hours` are the budgets at which the sign of the gain changes; `curve` holds
+    (GPU-hours, gain) over seven decades.
     """
 
     precision: str
     speed: Speed
     gain_nats: float
     break_even_speed: float | None
+    penalty_margin: float
     crossings_gpu_hours: tuple[float, ...]
     curve: tuple[tuple[float, float], ...]
 
     @property
     def verdict(self) -> str:
-        """Whether the precision pays at this budget: its range of speeds beside the break-even."""
+        """Whether the precision pays at this budget: pass, fail or could not tell.
+
+        It passes if even the slowest step time on record is beyond the break-even, and the format
+        may add twice what the law says: the law rounds three of the six operands of a layer.
+        """
         if self.break_even_speed is None or self.break_even_speed > self.speed.high:
             return "fail"
-        return "pass" if self.break_even_speed < self.speed.low else "could not tell"
+        sure = self.break_even_speed < self.speed.low and self.penalty_margin >= _WHOLE_LAYER
+        return "pass" if sure else "could not tell"
 
 
 def compare(way: Way, reference: Way, gpu_hours: float) -> Comparison:
@@ -121,10 +133,12 @@ def compare(way: Way, reference: Way, gpu_hours: float) -> Comparison:
     steps = range(-_DECADES_BELOW * _PER_DECADE, _DECADES_ABOVE * _PER_DECADE + 1)
     curve = [(h, gain(h)) for h in (gpu_hours * 10 ** (k / _PER_DECADE) for k in steps)]
     crossings = [root_log(gain, a, b) for (a, x), (b, y) in pairwise(curve) if x * y < 0]
+    here, added = gain(gpu_hours), way.setting.penalty(*way.optimum_after(gpu_hours))
     return Comparison(
         precision=way.precision.name,
         speed=way.speed,
-        gain_nats=gain(gpu_hours),
+        gain_nats=here,
+        penalty_margin=max(0.0, 1 + here / added),
         break_even_speed=_break_even(way, reference, gpu_hours),
         crossings_gpu_hours=tuple(c for c in crossings if c is not None),
         curve=tuple(curve),

@@ -128,11 +128,12 @@ def _figures(plan: Plan) -> Markup:
 def _precisions(plan: Plan) -> Markup:
     lead = (
         "Each row spends the same budget. “Pays from” is how much faster than BF16 a step has to "
-        "be for the same loss in the same GPU time; the verdict compares that with the range of "
-        "speeds on record."
+        "be for the same loss in the same GPU time; “may add”: how many times the loss that the "
+        "law says a format adds it may really add before the gain is gone. It passes beyond the "
+        "slowest speed on record and at 2 × or more: the law rounds half of a layer's operands."
     )
     rows: list[list[Child]] = [list(row) for row in precision_rows(plan)]
-    numeric = frozenset(range(3, 11))
+    numeric = frozenset(range(3, 12))
     made = table(list(PRECISION_COLUMNS), rows, numeric=numeric, caption="Precisions")
     drawing = precision_figure(plan)
     said = [tag("li", crossing_sentence(c)) for c in plan.comparisons]

@@ -13,7 +13,7 @@ from halfulp.report.words import nats, share
 
 PRECISION_COLUMNS = (
     "precision", "recipe", "step time, BF16 = 1", "parameters", "tokens", "GPU-hours", "cost",
-    "loss", "added by format", "gain over BF16", "pays from", "verdict",
+    "loss", "added by format", "gain over BF16", "pays from", "may add", "verdict",
 )  # fmt: skip
 ORDER_COLUMNS = ("sequences", "distinct", "local exponent", "corpus that doubles them")
 _BOUNDLESS = 1e6  # a corpus factor above this is no bound in practice
@@ -122,12 +122,13 @@ def precision_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 def _precision_row(o: Option, c: Comparison | None) -> tuple[str, ...]:
     if c is None:
-        speed, tail = "1", ("", "", "reference")
+        speed, tail = "1", ("", "", "", "reference")
     else:
         kind = "measured" if o.speed.measured else "published"
         speed = f"{o.speed.ratio:.3g} ({o.speed.low:.3g}–{o.speed.high:.3g} {kind})"
         pays = "–" if c.break_even_speed is None else f"{c.break_even_speed:.3f} ×"
-        tail = (nats(c.gain_nats, signed=True), pays, c.verdict)
+        margin = f"{digits(c.penalty_margin)} ×"
+        tail = (nats(c.gain_nats, signed=True), pays, margin, c.verdict)
     return (
         o.precision, o.recipe, speed, amount(o.parameters), amount(o.tokens), digits(o.gpu_hours),
         "–" if o.cost_usd is None else dollars(o.cost_usd), nats(o.loss_nats),

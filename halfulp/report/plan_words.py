@@ -22,11 +22,12 @@ TEXTS = {
         "no_band": "; how far off that may be is not known, as this law has no published errors",
         "doubled": "Twice the budget would lower it by {gain} nats, which makes the model's "
         "uncertainty about the next word (perplexity) {percent} smaller.",
-        "precision_pays": "{precision} gives a lower loss than BF16 for the same GPU time, even at "
-        "the slowest step time on record.",
-        "precision_open": "Whether {precision} really pays depends on its speed on your machines: "
-        "it has to be at least {speed} times as fast as BF16, and between {low} and {high} times "
-        "is on record. Measure it on a short run first.",
+        "precision_pays": "By all published figures {precision} gives a lower loss than BF16 for "
+        "the same GPU time.",
+        "precision_open": "Whether {precision} really pays is open: it has to be at least {speed} "
+        "times as fast as BF16 on your machines ({low} to {high} times is on record), and to add "
+        "less than {margin} times the loss that is forecast for it. Try both on a short run "
+        "first.",
         "repeated": "Your text is read {epochs} times; twice as much different text would lower "
         "the loss by {gain} nats at the same cost.",
         "memory": "It does not fit into the memory of {gpus} GPUs: at least {least} are needed.",
@@ -44,11 +45,12 @@ TEXTS = {
         "no_band": "(この法則には誤差が公表されていないため、どの程度外れるかは分かりません)",
         "doubled": "予算を 2 倍にすると損失は {gain} ナット下がり、次の単語についてのモデルの迷い"
         "(パープレキシティ)は {percent} 小さくなります。",
-        "precision_pays": "{precision} は、これまでに報告された最も遅い速度でも、同じ GPU 時間で "
-        "BF16 より低い損失になります。",
-        "precision_open": "{precision} が本当に得かどうかは、お使いの機械での速度によります。"
-        "BF16 の {speed} 倍以上の速さが必要で、報告されている速度は {low}〜{high} 倍です。"
-        "まず短い学習で測ってください。",
+        "precision_pays": "公表されている数値によれば、同じ GPU 時間で {precision} は BF16 より低い"
+        "損失になります。",
+        "precision_open": "{precision} が本当に得かどうかはまだ分かりません。"
+        "お使いの機械で BF16 の {speed} 倍以上の速さが必要で(報告されている速度は {low}〜{high} 倍)、"
+        "精度を下げることによる損失の増加も予測の {margin} 倍未満でなければなりません。"
+        "まず短い学習で両方を確かめてください。",
         "repeated": "手持ちの文章を {epochs} 回繰り返して読むことになります。異なる文章を 2 倍に"
         "増やせば、同じ費用で損失が {gain} ナット下がります。",
         "memory": "GPU {gpus} 台のメモリには収まりません。少なくとも {least} 台が必要です。",
@@ -117,5 +119,9 @@ def _precision(plan: Plan, language: str) -> list[str]:
             return [text["precision_pays"].format(precision=name)]
         speed = "16" if c.break_even_speed is None else f"{c.break_even_speed:.2f}"
         low, high = f"{c.speed.low:.2f}", f"{c.speed.high:.2f}"
-        return [text["precision_open"].format(precision=name, speed=speed, low=low, high=high)]
+        return [
+            text["precision_open"].format(
+                precision=name, speed=speed, low=low, high=high, margin=digits(c.penalty_margin)
+            )
+        ]
     return []

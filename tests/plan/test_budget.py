@@ -84,7 +84,25 @@ def test_the_crossover_of_four_bits_is_between_those_budgets():
     assert 1e22 < four.crossings_gpu_hours[0] * rate < 3e24
     assert 2.1411 - 2.1214 < four.gain_nats < 2.1411 - 2.1214 + 3e-3
     assert four.verdict == "pass"
+    assert 2 < four.penalty_margin < 3
     assert 1 < four.break_even_speed < 2
+
+
+def test_a_format_passes_only_if_it_may_add_twice_what_the_law_says():
+    """The gain and the penalty at one budget, by hand; between 1 and 2 the verdict is open."""
+    sure = Speed(ratio=1.5, low=1.5, high=1.5, source="a test", measured=True)
+    verdicts = {}
+    for hours in (1e3, 1e4, 1e5):
+        found = plan("b200", gpu_hours=hours, speeds={"nvfp4": sure})
+        option = next(o for o in found.options if o.precision == "nvfp4")
+        c = next(c for c in found.comparisons if c.precision == "nvfp4")
+        gain = found.options[0].loss_nats - option.loss_nats
+        assert c.gain_nats == pytest.approx(gain, abs=1e-9)
+        assert c.penalty_margin == pytest.approx(max(0, 1 + gain / option.penalty_nats), rel=1e-6)
+        verdicts[hours] = c.verdict
+        assert (c.verdict == "pass") == (c.penalty_margin >= 2)
+        assert (c.verdict == "fail") == (c.penalty_margin < 1)
+    assert verdicts == {1e3: "pass", 1e4: "could not tell", 1e5: "fail"}
 
 
 def test_a_speed_at_break_even_gains_nothing():

@@ -19,7 +19,7 @@ def test_every_law_has_a_formula_and_a_source():
         law = load_law(name)
         assert law.formula
         assert law.source
-        assert law.read in ("source", "second hand", "recalled")
+        assert law.read in ("source", "second hand")
         for low, high in law.ranges.values():
             assert 0 < low < high
         assert law.errors.keys() <= law.coefficients.keys()
