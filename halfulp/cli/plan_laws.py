@@ -1,5 +1,6 @@
 """`halfulp plan laws`: every scaling law, and what it says at a point."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,6 +9,8 @@ from halfulp.cli.show import print_table
 from halfulp.errors import PlanError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from halfulp.plan.laws import Law
 
 
@@ -67,11 +70,11 @@ def _every(n: float, d: float) -> None:
 def _one(name: str, point: tuple[float, float] | None) -> None:
     from halfulp.plan.at import values_at
     from halfulp.plan.in_use import open_law
-    from halfulp.plan.laws import load_law
+    from halfulp.plan.laws import LOSS_KINDS, load_law
 
     own = name.endswith((".json", ".csv"))
     law = open_law(name).law if own else load_law(name)
-    rows = _facts(law)
+    rows = _facts(law, _deviations(name) if own or law.kind in LOSS_KINDS else {})
     if point is not None:
         n, d = point
         found = values_at(name, n, d) or [("value", "it says nothing of N and D alone")]
@@ -80,11 +83,22 @@ def _one(name: str, point: tuple[float, float] | None) -> None:
     print_table(("what", "value"), rows)
 
 
-def _facts(law: "Law") -> list[tuple[str, str]]:
+def _deviations(name: str) -> dict[str, float]:
+    """The standard deviation of each coefficient over the refits behind the law's band."""
+    from statistics import stdev
+
+    from halfulp.plan.in_use import open_law
+
+    draws = [asdict(draw) for draw in open_law(name).draws]
+    return {key: stdev(draw[key] for draw in draws) for key in draws[0]} if draws else {}
+
+
+def _facts(law: "Law", deviations: "Mapping[str, float]") -> list[tuple[str, str]]:
     rows = [("law", f"{law.name}: {law.title}"), ("formula", law.formula)]
     for symbol, value in law.coefficients.items():
-        error = law.errors.get(symbol)
-        rows.append((symbol, f"{value:.8g}" if error is None else f"{value:.8g} ± {error:g}"))
+        error, spread = law.errors.get(symbol), deviations.get(symbol)
+        text = f"{value:.8g}" if error is None else f"{value:.8g} ± {error:g}"
+        rows.append((symbol, text if spread is None else f"{text} (refits ± {spread:.3g})"))
     rows += [
         (f"range of {what}", f"{low:.3g} to {high:.3g}")
         for what, (low, high) in law.ranges.items()

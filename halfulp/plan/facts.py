@@ -1,84 +1,103 @@
-"""What `halfulp corpus` found in a corpus, as a plan needs it."""
+"""What `halfulp corpus stats` found in a corpus, as a plan needs it."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfulp.errors import PlanError
+
+if TYPE_CHECKING:
+    from halfulp.corpus.growth import Growth
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Distinct n-symbol sequences; `curve` holds (symbols read, distinct sequences)."""
+    """Distinct n-symbol sequences; `curve` holds (sequences read, distinct ones)."""
 
     n: int
-    unit: str
+    unit: str  # "token" or "word"
     unique: float
     exponent: float | None  # local exponent d ln U / d ln T at the end
-    doubling: float | None  # how much more corpus doubles U
+    doubling: float | None  # how much more corpus doubles U, were the exponent to stay
     curve: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Symbols of a corpus, those in documents not seen before, and sequences of every order."""
+    """Symbols of a corpus, those in documents not seen before, and sequences of every order.
+
+    Symbols are tokens, or words where no tokens were counted: `unit`.
+    """
 
     file: str
+    unit: str
     tokenizer: str
     symbols: float
     unique_symbols: float
     orders: tuple[Order, ...]
 
+    @property
+    def note(self) -> str:
+        """What stands in for tokens, where none were counted."""
+        if self.unit == "token":
+            return ""
+        return (
+            f"{self.file} counted words and no tokens: words are taken as tokens. Count with "
+            "--tokens and --tokenizer, or give --unique-tokens"
+        )
+
 
 def read_facts(path: Path) -> Facts:
-    """The facts in a file of `halfulp corpus stats` or `halfulp corpus growth`.
+    """The facts in a file of `halfulp corpus stats -o`.
 
-    Raises PlanError for a file that cannot be read, is none of theirs, or counted nothing.
+    Raises DataError for a file that cannot be read or is something else, and PlanError for a
+    corpus without any text.
     """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        facts = _facts(table, path.name)
-    except OSError as error:
-        raise PlanError(f"--corpus {path} cannot be read: {error.strerror}. {_CURE}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlanError(
-            f"--corpus {path} holds no statistics of a corpus ({error!r} is missing or wrong). "
-            f"{_CURE}"
-        ) from error
-    if not facts.symbols > 0:
-        raise PlanError(f"--corpus {path} counted no symbol: the corpus was empty. {_CURE}")
-    return facts
+    from halfulp.corpus.stats import load_stats
 
-
-_CURE = "Write it with `halfulp corpus stats PATH --json stats.json`."
-
-
-def _facts(table: Mapping[str, Any], file: str) -> Facts:
-    symbols = float(table["symbols"])
-    repeated = table.get("duplicate_tokens_share") or 0.0
+    stats = load_stats(path)
+    stream = "tokens" if stats.symbols.get("tokens") else "words"
+    symbols = float(stats.symbols.get(stream, 0))
+    if not symbols:
+        raise PlanError(f"{path} counted no text: the corpus is empty. Count another one.")
+    # Documents of text are measured in words, those of token files in tokens.
+    measured = stats.symbols["tokens" if stats.text_bytes is None else "words"]
+    distinct = stats.counts["documents"].unique_symbols
+    share = 1.0 if distinct is None else min(1.0, distinct / measured)
+    orders = (_order(name, count) for name, count in stats.counts.items() if ":" in name)
     return Facts(
-        file=file,
-        tokenizer=str(table["tokenizer"]),
+        file=path.name,
+        unit=stream.removesuffix("s"),
+        tokenizer=_tokenizer(stats.tokenizer, token_files=stats.text_bytes is None),
         symbols=symbols,
-        unique_symbols=symbols * (1 - float(repeated)),
-        orders=tuple(_order(entry) for entry in table["orders"]),
+        unique_symbols=symbols * share,
+        orders=tuple(sorted((o for o in orders if o), key=lambda order: (order.unit, order.n))),
     )
 
 
-def _order(entry: Mapping[str, Any]) -> Order:
-    curve = entry.get("curve") or ()
+def _order(name: str, count: "Growth") -> Order | None:
+    family, _, n = name.partition(":")
+    if family not in ("words", "tokens"):
+        return None
     return Order(
-        n=int(entry["n"]),
-        unit=str(entry["unit"]).rstrip("s"),
-        unique=float(entry["unique"]),
-        exponent=_number(entry.get("exponent")),
-        doubling=_number(entry.get("doubling")),
-        curve=tuple((float(t), float(u)) for t, u in curve),
+        n=int(n),
+        unit=family.removesuffix("s"),
+        unique=float(count.distinct),
+        exponent=count.slope,
+        doubling=_finite(count.doubling_factor),
+        curve=tuple((float(t), float(u)) for t, u in count.curve),
     )
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
+def _tokenizer(described: Mapping[str, Any] | None, *, token_files: bool) -> str:
+    if described is None:
+        return "that of the token files" if token_files else "none: words"
+    name = str(described.get("path") or described.get("kind"))
+    digest = str(described.get("sha256") or "")
+    return f"{Path(name).name} {digest[:8]}".strip()
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

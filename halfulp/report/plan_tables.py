@@ -149,11 +149,11 @@ def crossing_sentence(c: Comparison) -> str:
 
 def corpus_sentences(plan: Plan, facts: Facts) -> list[str]:
     """What the corpus says about the plan: its size, Kausik's criterion with its n, the band."""
-    unit = facts.orders[0].unit if facts.orders else "symbol"
     said = [
-        f"{amount(facts.symbols)} {unit}s ({facts.tokenizer}), "
+        f"{amount(facts.symbols)} {facts.unit}s (tokenizer {facts.tokenizer}), "
         f"{share(facts.unique_symbols / facts.symbols)} of them in documents not seen before"
     ]
+    said += [facts.note] if facts.note else []
     unique = {(o.unit, o.n): o for o in facts.orders}
     for kind in dict.fromkeys(unit for unit, _ in unique):
         counts = {n: o.unique for (u, n), o in unique.items() if u == kind}
@@ -178,7 +178,8 @@ def doubling_text(doubling: tuple[float, float]) -> str:
     what = "doubling the unique sequences takes"
     if high < _BOUNDLESS:
         return f"{what} {digits(low)} to {digits(high)} times the corpus"
-    return f"{what} at least {digits(low)} times the corpus: no lower bound of γ, so no upper one"
+    why = "no lower bound of γ, so no upper one" if math.isinf(high) else f"at most {high:.0e}"
+    return f"{what} at least {digits(low)} times the corpus: {why}"
 
 
 def order_rows(orders: Sequence[Order]) -> list[tuple[str, ...]]:

@@ -5,7 +5,9 @@ import tomllib
 
 import pytest
 
-from halfulp.errors import PlanError
+from halfulp.corpus.growth import Growth
+from halfulp.corpus.stats import Stats
+from halfulp.errors import DataError, PlanError
 from halfulp.plan.facts import read_facts
 from halfulp.plan.shape import PER_LAYER, PRESET, run_config, shape_of
 from halfulp.plan.speeds import read_speeds
@@ -52,40 +54,60 @@ def test_files_of_speeds_that_are_none(tmp_path, table):
         read_speeds(str(tmp_path / "speeds.json"))
 
 
-STATS = {
-    "tokenizer": "bpe:32768", "symbols": 2.7e8, "duplicate_tokens_share": 0.1,
-    "orders": [
-        {"unit": "tokens", "n": 5, "unique": 8.6e7, "exponent": 0.783, "doubling": None,
-         "curve": [[1e8, 4e7], [2.7e8, 8.6e7]]},
-    ],
-}  # fmt: skip
+def counted(path, **changes):
+    """Statistics of 3e8 words and 2.7e8 tokens, a tenth of the words in repeated documents."""
+
+    def count(name, distinct, **more):
+        values = {
+            "occurrences": 4 * distinct, "exact": True, "rel_std": 0.0, "f": (1, 2), "slope": 0.8,
+            "slope_se": 0.01, "doubling_factor": 2.4,
+            "curve": ((100, 90), (4 * distinct, distinct)),
+        }  # fmt: skip
+        return Growth(name=name, distinct=distinct, **(values | more))
+
+    counts = [count("documents", 900, unique_symbols=270_000_000), count("lines", 5000)]
+    counts += [count("words:3", 10**7), count("tokens:8", 127_700_000, doubling_factor=None)]
+    counts += [count("tokens:5", 86_000_000), count("window:16", 10**6)]
+    tokenizer = {"kind": "json", "path": "/x/bpe.json", "sha256": "abcdef0123456789"}
+    values = {
+        "paths": ("text",), "files": 3, "text_bytes": 10**9, "empty_documents": 0,
+        "symbols": {"words": 300_000_000, "tokens": 270_000_000}, "tokenizer": tokenizer,
+        "skipped": {}, "invalid": {}, "unmarked": (), "counts": {c.name: c for c in counts},
+    }  # fmt: skip
+    Stats(**(values | changes)).save(path)
+    return path
 
 
 def test_statistics_of_a_corpus(tmp_path):
-    (tmp_path / "stats.json").write_text(json.dumps(STATS))
-    facts = read_facts(tmp_path / "stats.json")
+    facts = read_facts(counted(tmp_path / "stats.json"))
+    assert (facts.unit, facts.symbols, facts.note) == ("token", 2.7e8, "")
     assert facts.unique_symbols == pytest.approx(2.43e8)
-    assert (facts.orders[0].n, facts.orders[0].unit) == (5, "token")
-    assert facts.orders[0].curve[-1] == (2.7e8, 8.6e7)
-    assert facts.orders[0].doubling is None
+    assert facts.tokenizer == "bpe.json abcdef01"
+    assert [(o.unit, o.n) for o in facts.orders] == [("token", 5), ("token", 8), ("word", 3)]
+    assert facts.orders[0].curve[-1] == (3.44e8, 8.6e7)
+    assert (facts.orders[0].doubling, facts.orders[1].doubling) == (2.4, None)
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("{", "holds no statistics"),
-        ("[]", "holds no statistics"),
-        ("{}", "symbols"),
-        (json.dumps(STATS | {"symbols": 0}), "empty"),
-        (json.dumps(STATS | {"orders": [{"n": 2}]}), "unit"),
-    ],
-)
-def test_what_is_no_statistics_of_a_corpus(tmp_path, text, said):
-    (tmp_path / "stats.json").write_text(text)
-    with pytest.raises(PlanError, match=said):
-        read_facts(tmp_path / "stats.json")
-    with pytest.raises(PlanError, match="cannot be read"):
+def test_words_stand_in_for_tokens_and_that_is_said(tmp_path):
+    path = counted(tmp_path / "stats.json", symbols={"words": 300_000_000}, tokenizer=None)
+    facts = read_facts(path)
+    assert (facts.unit, facts.unique_symbols) == ("word", pytest.approx(2.7e8))
+    assert "taken as tokens" in facts.note
+
+
+def test_token_files_measure_their_documents_in_tokens(tmp_path):
+    path = counted(tmp_path / "stats.json", text_bytes=None, symbols={"tokens": 540_000_000})
+    assert read_facts(path).unique_symbols == pytest.approx(2.7e8)
+
+
+def test_what_is_no_statistics_of_a_corpus(tmp_path):
+    with pytest.raises(PlanError, match="counted no text"):
+        read_facts(counted(tmp_path / "none.json", symbols={"words": 0}))
+    with pytest.raises(DataError, match="cannot be read"):
         read_facts(tmp_path / "absent.json")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(DataError, match="no statistics"):
+        read_facts(tmp_path / "other.json")
 
 
 @pytest.mark.parametrize("parameters", [1e6, 3e7, 1e9, 7e10, 1e12])

@@ -31,7 +31,14 @@ def facts() -> Facts:
               curve=curve)
         for n in (2, 5, 8)
     )  # fmt: skip
-    return Facts(file=HOSTILE, tokenizer="bytes", symbols=1e9, unique_symbols=9e8, orders=orders)
+    return Facts(
+        file=HOSTILE,
+        unit="token",
+        tokenizer="bytes",
+        symbols=1e9,
+        unique_symbols=9e8,
+        orders=orders,
+    )
 
 
 def test_first_screen_is_a_paragraph_and_four_numbers(made):
