@@ -25,6 +25,7 @@ GRID = {  # FLOPs -> (hidden, layers); the smallest budget has too few tokens fo
     1.8e12: ((32, 2), (64, 1), (64, 2), (96, 2)),
 }
 SEEDS = (0, 1)
+CPU_FILE = "cpu_seconds.json"  # beside the files of the run
 VERSION = 1  # raise it when what a run computes changes: kept runs are then trained again
 LARGER = (1.08e13, (128, 2))  # not fitted: 6 times the compute, 1.7 times the parameters
 
@@ -54,8 +55,10 @@ def trained(points: Sequence[Point]) -> list[Path]:
     """The run directories of `points`, in order; trained in two processes where not kept."""
     paths = dict.fromkeys(points, Path())
     with open_pool() as pool:
-        # The longest first, so that no process waits for one at the end.
-        jobs = {pool.submit(train_point, p): p for p in sorted(points, key=lambda p: -p.flops)}
+        # A whole set of the first seed, then of the next; the longest first, so that no process
+        # waits for one at the end.
+        order = sorted(points, key=lambda p: (p.seed, -p.flops))
+        jobs = {pool.submit(train_point, point): point for point in order}
         for done, job in enumerate(as_completed(jobs), 1):
             point, (path, seconds) = jobs[job], job.result()
             paths[point] = path
@@ -64,8 +67,17 @@ def trained(points: Sequence[Point]) -> list[Path]:
     return [paths[p] for p in points]
 
 
+def cpu_seconds(paths: Sequence[Path]) -> list[float]:
+    """The CPU time that each run took, of those that say so; interruptions are in it."""
+    from halfulp.data.cache import read_json
+
+    found = (read_json(path / CPU_FILE) for path in paths)
+    return [content["cpu_seconds"] for content in found if content]
+
+
 def train_point(point: Point) -> tuple[Path, float]:
-    """(run directory, wall-clock seconds spent here: 0 for one that was kept)."""
+    """(run directory, CPU seconds spent here: 0 for one that was kept)."""
+    from halfulp.data.cache import read_json, write_json
     from halfulp.train.config import load_config
     from halfulp.train.loop import train
 
@@ -74,10 +86,13 @@ def train_point(point: Point) -> tuple[Path, float]:
     begun = (path / "config.toml").is_file()
     if begun and (path / "summary.json").is_file() and _finished(path):
         return path, 0.0
-    before = time.perf_counter()
+    earlier = (read_json(path / CPU_FILE) or {"cpu_seconds": 0.0})["cpu_seconds"]
+    before = time.process_time()
     path.parent.mkdir(parents=True, exist_ok=True)
     train(load_config(settings), resume=path if begun else None, command=("reproduce",))
-    return path, time.perf_counter() - before
+    seconds = time.process_time() - before
+    write_json(path / CPU_FILE, {"cpu_seconds": earlier + seconds})
+    return path, seconds
 
 
 def run_directory(point: Point) -> Path:
