@@ -12,6 +12,7 @@ from reproduce import (
     lr_window,
     roundoff,
     roundoff_models,
+    scaling,
     sharpness,
     stochastic_rounding,
 )
@@ -28,6 +29,7 @@ MEASURED = (
     guarded_run,
     attention_bias,
     lr_window,
+    scaling,
 )
 PAGE = Path(__file__).with_name("RESULTS.md")
 

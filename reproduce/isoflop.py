@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def config_of(point: Point) -> dict[str, Any]:
     }
 
 
+@cache
 def parameters(hidden: int, layers: int) -> int:
     """All parameters of the model; the tied embedding counts once."""
     import torch

@@ -13,22 +13,30 @@ BYTES = 120_000_000
 
 @lru_cache(maxsize=1)
 def python_files(size: int = BYTES) -> tuple[SourceFile, ...]:
-    """Different Python files in the order of their SHA-1, which is random, up to `size` bytes.
+    """Different Python files up to `size` bytes, in the order of the SHA-1 of their names.
 
-    From the standard library and the installed packages.
+    From the standard library and the installed packages. The order says nothing about the content,
+    so that they are a random sample of these files.
     """
-    by_digest = {hashlib.sha1(p.read_bytes()).hexdigest(): p for p in sorted(_paths())}
-    chosen, held = [], 0
-    for digest in sorted(by_digest):
-        path = by_digest[digest]
-        held += path.stat().st_size
+    chosen: dict[str, SourceFile] = {}
+    held = 0
+    for _, name, path in sorted(_paths()):
+        content = path.read_bytes()
+        digest = hashlib.sha1(content).hexdigest()
+        if digest in chosen:
+            continue
+        held += len(content)
         if held > size:
             break
-        chosen.append(SourceFile("text", path, path.name))
-    return tuple(chosen)
+        chosen[digest] = SourceFile("text", path, name)
+    return tuple(chosen.values())
 
 
-def _paths() -> Iterator[Path]:
-    for name in ("stdlib", "purelib"):
-        root = Path(sysconfig.get_path(name))
-        yield from (p for p in root.rglob("*.py") if p.is_file() and not p.is_symlink())
+def _paths() -> Iterator[tuple[str, str, Path]]:
+    """(SHA-1 of the name, name, path) of every file."""
+    for folder in ("stdlib", "purelib"):
+        root = Path(sysconfig.get_path(folder))
+        for path in root.rglob("*.py"):
+            name = path.relative_to(root).as_posix()
+            if path.is_file() and not path.is_symlink():
+                yield hashlib.sha1(name.encode()).hexdigest(), name, path

@@ -10,6 +10,7 @@ from types import ModuleType
 
 from reproduce.common import REFUTED, REPRODUCED, UNKNOWN, Result
 from reproduce.courses import Courses
+from reproduce.isoflop import trained
 
 _INTRODUCTION = (
     "Written by `python -m reproduce`; `python -m reproduce NAME …` measures the named scripts "
@@ -74,7 +75,12 @@ def _origin(section: Section) -> str:
 
 def _keeps_runs(section: Section) -> bool:
     """Whether the script takes training runs from the user's cache where they are there."""
-    return any(value is Courses for value in vars(section.script).values())
+    return any(value in (Courses, trained) for value in _names(section.script))
+
+
+def _names(script: ModuleType) -> list[object]:
+    """What the script defines or imports, of kinds that can be compared."""
+    return [value for value in vars(script).values() if callable(value)]
 
 
 def _tally(body: str) -> str:

@@ -1,0 +1,363 @@
+"""Scaling laws: published ones recomputed, how distinct sequences grow, and a small isoFLOP set.
+
+Set-up. Published laws are evaluated by halfulp.plan and compared with what the papers print. The
+corpus is that of the environment's own Python files, different ones in a random order;
+distinct n-token sequences (BPE of 32 768 tokens, trained on the standard library) are counted by
+halfulp.corpus with documents in random order, and the local exponent is f1 / U, the share of the
+distinct sequences that lie in one document only, ± its jackknife error over 16 groups of documents.
+The isoFLOP set is `halfulp train` in fp32 on bytes of the standard library, less than one epoch:
+qwen3-tiny of widths 32, 64 and 96 in one or two layers, 3 budgets of compute, 2 seeds, rate
+0.25 / width, cosine, 512 tokens a step, evaluated on the same 65 536 held-out tokens; N counts all
+parameters. Bands are of 1000 resamples of the fitted runs.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from reproduce.common import REFUTED, REPRODUCED, UNKNOWN, Interval, Result, judge, show, together
+from reproduce.isoflop import cpu_seconds, fitted, held_out, trained
+from reproduce.local_text import python_files
+
+if TYPE_CHECKING:
+    from halfulp.corpus.tally import Tally
+    from halfulp.plan.bootstrap import Bootstrap
+    from halfulp.plan.runs_table import Runs
+
+KAUSIK, HOFFMANN, EPOCH = "arXiv:2402.14746", "arXiv:2203.15556", "arXiv:2404.10102"
+MUENNIGHOFF, KUMAR, SUN = "arXiv:2305.16264", "arXiv:2411.04330", "arXiv:2501.02423"
+BETA = 0.28  # of the rounded Chinchilla law
+ORDERS = (1, 2, 3, 4, 5, 8, 16)
+DRAWS = 1000
+
+
+def claims() -> Iterator[Result]:
+    """What the papers print, what a corpus does, and what our own runs do."""
+    yield from published()
+    yield from corpus()
+    yield from isoflop()
+
+
+def published() -> Iterator[Result]:
+    """Claims that arithmetic decides."""
+    yield _gammas()
+    yield _doublings()
+    yield _other_laws()
+    yield _chinchilla("hoffmann", HOFFMANN, "the rounded coefficients")
+    yield _chinchilla("epoch", EPOCH, "the coefficients fitted again")
+    yield _repetition()
+    yield _bits()
+    yield _critical()
+    yield _layouts()
+
+
+def _gammas() -> Result:
+    from halfulp.plan.kausik import growth_of
+
+    found = growth_of(BETA)
+    values = (found.low, found.high, found.middle)
+    right = np.allclose(values, (0.44, 0.72, 0.58), rtol=0, atol=1e-12)
+    return Result(
+        "N ∝ D^γ with γ from 0.44 to 0.72, in the first version 0.58",
+        f"{KAUSIK}, abstracts of v1, v3 and v4",
+        f"1 − 2β = {values[0]:.2f}, 1 − β = {values[1]:.2f}, middle {values[2]:.2f} for β = "
+        f"{BETA}, Chinchilla's rounded exponent (our reconstruction of the derivation)",
+        REPRODUCED if right else REFUTED,
+    )
+
+
+def _doublings() -> Result:
+    from halfulp.plan.kausik import growth_of
+
+    found = growth_of(BETA)
+    least, most = found.doubling
+    middle = 2 ** (1 / (found.middle or math.nan))
+    right = np.allclose((most, middle, least), (4.832, 3.304, 2.619), rtol=0, atol=1e-3)
+    return Result(
+        "doubling the skills takes a corpus more than four times as large (v3), three to five "
+        "times (v1)",
+        f"{KAUSIK}, abstracts of v1 and v3",
+        f"2^(1/γ) = {most:.3f}, {middle:.3f} and {least:.3f} for γ = 0.44, 0.58 and 0.72",
+        REPRODUCED if right else REFUTED,
+    )
+
+
+def _other_laws() -> Result:
+    from halfulp.plan.kausik import growth_of
+    from halfulp.plan.laws import load_law
+
+    names = ("hoffmann", "hoffmann_tex", "muennighoff", "epoch", "precision", "floating")
+    bands = {name: growth_of(load_law(name).coefficients["beta"]) for name in names}
+    said = [
+        f"{name} {'no lower bound' if g.low is None else f'{g.low:.3f}'} to {g.high:.3f}"
+        for name, g in bands.items()
+    ]
+    same = all(abs((g.low or 0) - 0.44) < 0.02 for g in bands.values())
+    return Result(
+        "γ from 0.44 to 0.72 whatever law the loss follows",
+        f"{KAUSIK}; not claimed there, but asked of a planner",
+        f"(1 − 2β, 1 − β): {'; '.join(said)}",
+        REPRODUCED if same else REFUTED,
+    )
+
+
+def _chinchilla(name: str, source: str, what: str) -> Result:
+    from halfulp.plan.chinchilla import chinchilla
+
+    n, d = chinchilla(name).allocate(6 * 70e9 * 1.4e12)
+    return Result(
+        f"70 B parameters and 1.4 T tokens are the best use of their compute, by {what}",
+        source,
+        f"{n / 1e9:.1f} B and {d / 1e12:.2f} T, {d / n:.0f} tokens per parameter (gate: N within "
+        "25%)",
+        REPRODUCED if abs(math.log(n / 70e9)) < math.log(1.25) else REFUTED,
+    )
+
+
+def _repetition() -> Result:
+    from halfulp.plan.repetition import repetition
+
+    law = repetition()
+    wanted = {(6.34e9, 242e9): 2.2256440889984477, (8.67e9, 178e9): 2.2269634075087867}
+    found = {place: law.loss(*place, 25e9) for place in wanted}
+    off = max(abs(found[p] / wanted[p] - 1) for p in wanted)
+    return Result(
+        "loss of 6.34 B and 8.67 B parameters on 25 B different tokens, seen 9.7 and 7.1 times",
+        f"{MUENNIGHOFF}, README of huggingface/datablations",
+        f"{', '.join(f'{x:.6f}' for x in found.values())}; relative difference {off:.1g}",
+        REPRODUCED if off < 1e-12 else REFUTED,
+    )
+
+
+def _bits() -> Result:
+    from halfulp.plan.precision import optimal_bits
+
+    with_shifts, without = optimal_bits(), optimal_bits(shifted=False)
+    return Result(
+        "training at 7 to 8 bits is compute-optimal",
+        f"{KUMAR}, abstract",
+        f"{with_shifts:.2f} bits with the shifts of appendix K, {without:.2f} by the formula of "
+        "the main text without them (gate 6.5 to 8.5)",
+        REPRODUCED if 6.5 <= with_shifts <= 8.5 else REFUTED,
+    )
+
+
+def _critical() -> Result:
+    from halfulp.plan.floating import Layout, critical_tokens
+
+    printed = {"BF16": (8, 7, 1730e12), "E4M3": (4, 3, 27e12), "E2M1": (2, 1, 0.4e12)}
+    found = {name: critical_tokens(1e9, Layout(e, m, 128)) for name, (e, m, _) in printed.items()}
+    off = max(abs(found[name] / wanted - 1) for name, (*_, wanted) in printed.items())
+    return Result(
+        "tokens beyond which 1 B parameters get worse: 1730 T in BF16, 27 T in E4M3, 0.4 T in E2M1",
+        SUN,
+        ", ".join(f"{name} {value / 1e12:.3g} T" for name, value in found.items()),
+        REPRODUCED if off < 0.03 else REFUTED,
+    )
+
+
+def _layouts() -> Result:
+    from halfulp.plan.floating import best_layout
+
+    wanted = {4: (2, 1), 8: (4, 3), 16: (8, 7)}
+    found = {bits: best_layout(bits) for bits in wanted}
+    right = all(tuple(map(round, found[b])) == wanted[b] for b in wanted)
+    said = ", ".join(f"{b} bits: E{e:.2f} M{m:.2f}" for b, (e, m) in found.items())
+    return Result(
+        "the best layouts of 4, 8 and 16 bits are E2M1, E4M3 and E8M7",
+        SUN,
+        said,
+        REPRODUCED if right else REFUTED,
+    )
+
+
+def corpus() -> Iterator[Result]:
+    """How distinct sequences grow with a corpus."""
+    yield _band_of_orders()
+    yield _rises_with_order()
+    yield _doubled_corpus()
+
+
+@cache
+def counted() -> tuple[Mapping[int, "Tally"], int]:
+    """(n → the distinct n-token sequences, bytes of text) of the local corpus."""
+    from halfulp.corpus.config import CountConfig
+    from halfulp.corpus.count import count
+    from halfulp.data import DataConfig, open_data
+    from halfulp.numerics.kernel import cache_directory
+
+    own = open_data(DataConfig(tokenizer="bpe:32768"), cache_directory() / "data").describe()
+    config = CountConfig(tokens=ORDERS, tokenizer=own["tokenizer"]["path"])
+    found = count(python_files(), config)
+    return {n: found.tallies[f"tokens:{n}"] for n in ORDERS}, found.text_bytes
+
+
+def exponents() -> dict[int, Interval]:
+    """n → f1 / U with its 95% interval."""
+    from halfulp.corpus.growth import growth
+
+    found = {}
+    for n, tally in counted()[0].items():
+        g = growth(f"tokens:{n}", tally)
+        value, half = g.slope or math.nan, 1.96 * (g.slope_se or math.nan)
+        found[n] = Interval(value, value - half, value + half, 16)
+    return found
+
+
+def _said(values: Mapping[int, Interval]) -> str:
+    tallies, size = counted()
+    tokens = tallies[1].occurrences
+    each = ", ".join(f"n = {n}: {x.text('.3f')}" for n, x in values.items())
+    return f"{each} ({size / 1e6:.0f} MB, {tokens / 1e6:.1f} M tokens)"
+
+
+def _band_of_orders() -> Result:
+    values = exponents()
+    verdicts = {n: judge(x, above=0.44, below=0.72) for n, x in values.items()}
+    alike = set(verdicts.values())
+    inside = [str(n) for n, v in verdicts.items() if v == REPRODUCED]
+    return Result(
+        "the distinct sequences of a corpus grow as D^γ with γ from 0.44 to 0.72",
+        f"{KAUSIK}, abstract of v4, read as n-token sequences; the paper names no n",
+        f"{_said(values)}; inside the band: n = {', '.join(inside) or 'none'}",
+        alike.pop() if len(alike) == 1 else UNKNOWN,
+    )
+
+
+def _rises_with_order() -> Result:
+    values = {n: x for n, x in exponents().items() if n >= 2}
+    ordered = list(values.values())
+    # Errors of neighbors are positively correlated: taken as independent they are too wide.
+    steps = [
+        Interval(b.mean - a.mean, b.mean - a.mean - half, b.mean - a.mean + half, 16)
+        for a, b in pairwise(ordered)
+        for half in [math.hypot(a.high - a.mean, b.high - b.mean)]
+    ]
+    rising = together(*(judge(step, above=0.0) for step in steps))
+    near = [judge(values[n], above=0.35, below=0.75) for n in (2, 3)]
+    band = REPRODUCED if REPRODUCED in near else together(*near)
+    return Result(
+        "no one exponent: it rises with n from 2 on, and lies in [0.35, 0.75] for n = 2 or 3",
+        "our own finding on 969 MB, to be confirmed on another corpus",
+        _said(values),
+        together(rising, band),
+    )
+
+
+def _doubled_corpus() -> Result:
+    errors = {n: _doubling_error(tally) for n, tally in counted()[0].items() if n >= 2}
+    worst = max(errors.values(), key=abs)
+    return Result(
+        "twice the corpus holds 2^(f1/U) times as many distinct sequences, to 3%",
+        "Good and Turing; our own gate",
+        f"a random half, asked for the whole, is off by "
+        f"{', '.join(f'{off:+.1%} (n = {n})' for n, off in errors.items())}",
+        REPRODUCED if abs(worst) <= 0.03 else REFUTED,
+    )
+
+
+def _doubling_error(tally: "Tally") -> float:
+    """Predicted over actual distinct sequences of the whole, less 1, from a random half."""
+    from halfulp.corpus.growth import Record
+
+    record = Record(tally)
+    half, whole = record.part(from_step=2), record.part()
+    predicted = (whole.occurrences / half.occurrences) ** half.slope
+    return predicted * half.distinct / whole.distinct - 1
+
+
+def isoflop() -> Iterator[Result]:
+    """Our own runs, fitted, and two larger ones predicted."""
+    yield _describes()
+    yield _exponent()
+    yield _larger()
+    yield _cost()
+
+
+@cache
+def boot() -> "Bootstrap":
+    """The law of the isoFLOP set and its resamples."""
+    from halfulp.plan.bootstrap import bootstrap
+    from halfulp.plan.fit import fit
+    from halfulp.plan.run_directories import read_runs
+
+    return bootstrap(fit(read_runs(trained(fitted()))), DRAWS)
+
+
+def _describes() -> Result:
+    """Lack of fit over pure error, the difference of the seeds (Draper & Smith 1998, §2.1)."""
+    from scipy.stats import f as f_distribution
+
+    fit = boot().fit
+    pairs = [fit.residuals[same] for same in _by_place(fit.runs)]
+    pure = sum(float(((r - r.mean()) ** 2).sum()) for r in pairs)
+    lack = sum(len(r) * float(r.mean()) ** 2 for r in pairs)
+    free_pure, free_lack = len(fit.residuals) - len(pairs), len(pairs) - 5
+    ratio = (lack / free_lack) / (pure / free_pure)
+    chance = float(f_distribution.sf(ratio, free_lack, free_pure))
+    c = fit.law
+    return Result(
+        "L = E + A/N^α + B/D^β describes models of 0.02 to 0.25 M parameters as it does large ones",
+        f"{HOFFMANN}, equation 2, taken to small models",
+        f"E = {c.E:.3f}, A = {c.A:.4g}, B = {c.B:.4g}, α = {c.alpha:.3f}, β = {c.beta:.3f}; "
+        f"residuals {fit.spread:.2%}, of which the seed makes {math.sqrt(pure / free_pure):.2%}; "
+        f"lack of fit F = {ratio:.1f} ({free_lack} and {free_pure} degrees of freedom), chance "
+        f"{chance:.1g} (reproduced from 0.05, not below 0.001)",
+        REPRODUCED if chance >= 0.05 else REFUTED if chance < 1e-3 else UNKNOWN,
+    )
+
+
+def _by_place(runs: "Runs") -> list[np.ndarray]:
+    places = list(zip(runs.parameters.tolist(), runs.tokens.tolist(), strict=True))
+    return [np.array([place == other for other in places]) for place in dict.fromkeys(places)]
+
+
+def _exponent() -> Result:
+    band = boot().band(lambda law: law.exponent, 0.95)
+    found = Interval(band.value, band.low, band.high, len(boot().fit.runs))
+    return Result(
+        "the best N grows as C^a with a from 0.46 to 0.50",
+        f"{HOFFMANN}, table 2, taken to small models",
+        f"a = {found.text('.3f')}",
+        judge(found, above=0.46, below=0.50),
+    )
+
+
+def _larger() -> Result:
+    from halfulp.plan.run_directories import read_runs
+
+    runs = read_runs(trained(held_out()))
+    n, d = float(runs.parameters[0]), float(runs.tokens[0])
+    law, run = boot().loss(n, d), boot().run_loss(n, d)
+    inside = [run.holds(float(loss)) for loss in runs.loss_nats]
+    reach = float(runs.flops.max() / boot().fit.runs.flops.max())
+    off = [f"{loss:.4f} ({loss / law.value - 1:+.1%})" for loss in runs.loss_nats]
+    return Result(
+        f"a run of {reach:.0f} times the compute lies inside the 80% band that the small runs give",
+        "halfulp plan fit",
+        f"N = {n / 1e6:.2f} M, D = {d / 1e6:.1f} M: predicted {law.value:.4f}, band of the law "
+        f"[{law.low:.4f}, {law.high:.4f}], of one run [{run.low:.4f}, {run.high:.4f}]; measured "
+        f"{', '.join(off)} for two seeds",
+        REPRODUCED if all(inside) else UNKNOWN if any(inside) else REFUTED,
+    )
+
+
+def _cost() -> Result:
+    paths = trained([*fitted(), *held_out()])
+    seconds = cpu_seconds(paths)
+    minutes = sum(seconds) / len(seconds) * len(paths) / 60 / 2 if seconds else math.nan
+    return Result(
+        "the whole set takes less than 20 minutes on two cores",
+        "our own gate",
+        f"{len(paths)} runs, {sum(seconds) / 60:.1f} minutes of CPU time in the {len(seconds)} "
+        f"that say so, or {minutes:.1f} minutes for all on two cores",
+        UNKNOWN if not seconds else REPRODUCED if minutes < 20 else REFUTED,
+    )
+
+
+if __name__ == "__main__":
+    show(claims())
