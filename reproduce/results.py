@@ -75,12 +75,8 @@ def _origin(section: Section) -> str:
 
 def _keeps_runs(section: Section) -> bool:
     """Whether the script takes training runs from the user's cache where they are there."""
-    return any(value in (Courses, trained) for value in _names(section.script))
-
-
-def _names(script: ModuleType) -> list[object]:
-    """What the script defines or imports, of kinds that can be compared."""
-    return [value for value in vars(script).values() if callable(value)]
+    keeping = (Courses, trained)
+    return any(value is kept for value in vars(section.script).values() for kept in keeping)
 
 
 def _tally(body: str) -> str:
