@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 ANYWHERE = (
-    "rounding", "optimizer", "training", "check", "sharpness", "guard", "guard_overhead",
+    "rounding", "optimizer", "training", "check", "sharpness", "guard", "guard_overhead", "sweep",
 )  # fmt: skip
-SCRIPTS = (*ANYWHERE, "gpu", "guard_gpu", "attention_bias_gpu")
+SCRIPTS = (*ANYWHERE, "gpu", "guard_gpu", "sweep_gpu", "attention_bias_gpu")
 FOLDER = Path(__file__).parent
 _HEAD = (
     "# Speed\n\nWritten by `python -m benchmarks`; `python -m benchmarks NAME …` measures the "

@@ -72,7 +72,7 @@ def _result(design: Design, task: Task, path: Path) -> Result | None:
     stalled = path / "runs" / f"{task.cell.id}.{STALLED}"
     stalled.parent.mkdir(exist_ok=True)
     try:
-        with _watched(stalled, task.timeout_s) as alive:
+        with watched(stalled, task.timeout_s) as alive:
             reason = _train(design, task, out, path / "policies", alive)
         if reason == "interrupted":
             return None
@@ -108,7 +108,7 @@ def _measured(cell: Cell, status: str, message: str, out: Path, seconds: float) 
 
 
 @contextmanager
-def _watched(file: Path, timeout_s: float) -> Iterator[Any]:
+def watched(file: Path, timeout_s: float) -> Iterator[Any]:
     """End this process, with its stack in `file`, when `alive` is not called for `timeout_s`.
 
     The timer is a thread of C: code that hangs without letting other threads run is ended too.

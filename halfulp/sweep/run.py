@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from halfulp.train.config import TrainConfig
 
 TRIES = 2  # of a run whose process ends or hangs: the machine may be at fault once
+GPU_SHARE = 0.25  # of a GPU for each run: four share it
 OnEvent = Callable[[Mapping[str, Any]], None]
 
 
@@ -232,4 +233,4 @@ def _gpu_share(design: Design) -> float:
 
     device = design.config.train.device
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    return 0.25 if on_gpu else 0.0
+    return GPU_SHARE if on_gpu else 0.0

@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 import sweeps
 
+from halfulp.sweep.run import run_design
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_transformers():
@@ -16,6 +18,14 @@ def _quiet_transformers():
 def corpus(tmp_path_factory) -> Path:
     """A folder of small texts."""
     return sweeps.write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture(scope="session")
+def whole(corpus, tmp_path_factory):
+    """A sweep that nothing disturbed, in this process; its directory is not to be changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("halfulp.sweep.run.run_tasks", sweeps.serially)
+        return run_design(sweeps.design_of(corpus), tmp_path_factory.mktemp("whole") / "sweep")
 
 
 @pytest.fixture

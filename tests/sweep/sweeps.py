@@ -11,7 +11,7 @@ from typing import Any
 
 from halfulp.errors import RunError
 from halfulp.sweep.design import Design, make_design
-from halfulp.sweep.one_run import Task, Trained, run_cell
+from halfulp.sweep.one_run import STALLED, Task, Trained, run_cell, watched
 from halfulp.sweep.result import Result
 from halfulp.tasks import Outcome
 from halfulp.train.config import TrainConfig, load_config
@@ -99,24 +99,24 @@ def killed_once(task: Task) -> Trained:
 
 
 def hangs_once(task: Task) -> Trained:
-    """One run hangs, without letting other threads run, after its fourth step."""
+    """One run hangs, without letting other threads run; but for that nothing is trained."""
     if task.cell.recipe == "te_current" and flagged(task, "hung"):
-        _at_checkpoint(_hold)
-    return run_cell(task)
+        _hold(task)
+    return imagined(task)
 
 
 def hangs(task: Task) -> Trained:
     """The runs of te_current at one rate hang."""
     if task.cell.recipe == "te_current" and task.cell.lr == 1e-2:
-        _at_checkpoint(_hold)
-    return run_cell(task)
+        _hold(task)
+    return imagined(task)
 
 
 def dies(task: Task) -> Trained:
     """The runs of te_current at one rate end their process."""
     if task.cell.recipe == "te_current" and task.cell.lr == 1e-2:
         os._exit(7)
-    return run_cell(task)
+    return imagined(task)
 
 
 def full_disk(task: Task) -> Trained:
@@ -127,9 +127,15 @@ def full_disk(task: Task) -> Trained:
 
 
 def slow(task: Task) -> Trained:
-    """A run that leaves time for a signal."""
+    """A run that leaves time for a signal after its first checkpoint."""
     _at_checkpoint(lambda: time.sleep(0.5))
     return run_cell(task)
+
+
+def slow_imagined(task: Task) -> Trained:
+    """The same, without training."""
+    time.sleep(0.3)
+    return imagined(task)
 
 
 def blind(task: Task) -> Trained:
@@ -154,15 +160,10 @@ def _at_checkpoint(act: Callable[[], object]) -> None:
     checkpoint.save = saved
 
 
-def _hold() -> None:
+def _hold(task: Task) -> None:
     import ctypes
 
-    ctypes.PyDLL(None).sleep(600)  # PyDLL keeps the lock of the interpreter
-
-
-def unlimited(task: Task) -> Trained:
-    """A run whose files may grow, whatever the driver's may."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    return run_cell(task)
+    runs = task.path / "runs"
+    runs.mkdir(exist_ok=True)
+    with watched(runs / f"{task.cell.id}.{STALLED}", task.timeout_s):
+        ctypes.PyDLL(None).sleep(600)  # PyDLL keeps the lock of the interpreter

@@ -1,6 +1,5 @@
 """A sweep on worker processes: it comes to the same, whatever happens to them or to the driver."""
 
-import os
 import resource
 import signal
 import subprocess
@@ -12,19 +11,10 @@ import pytest
 import sweeps
 from sweeps import design_of, facts_of
 
-from halfulp.errors import RunError
 from halfulp.sweep.run import run_design
-from halfulp.sweep.store import read_sweep
+from halfulp.sweep.store import open_store, read_sweep
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    """A sweep that nothing disturbed, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("halfulp.sweep.run.run_tasks", sweeps.serially)
-        return run_design(design_of(corpus), tmp_path_factory.mktemp("whole") / "sweep")
 
 
 def run_with(function, monkeypatch, design, path, **options):
@@ -48,34 +38,43 @@ def test_a_run_whose_worker_is_killed_goes_on_where_it_was(whole, tmp_path, monk
     assert sum('"event": "start"' in line for line in starts) == 2  # it was gone on with
 
 
-def test_a_run_that_hangs_is_ended_and_tried_again(whole, tmp_path, monkeypatch):
+@pytest.fixture
+def imagined(corpus, tmp_path, monkeypatch):
+    """The same with runs that nobody has trained."""
+    with monkeypatch.context() as patch:
+        patch.setattr("halfulp.sweep.run.run_tasks", sweeps.serially)
+        patch.setattr("halfulp.sweep.run.run_cell", sweeps.imagined)
+        return run_design(design_of(corpus), tmp_path / "imagined/sweep")
+
+
+def test_a_run_that_hangs_is_ended_and_tried_again(imagined, tmp_path, monkeypatch):
+    path = tmp_path / "sweep"
     table, retries = run_with(
-        sweeps.hangs_once, monkeypatch, whole.design, tmp_path / "sweep", jobs=2, timeout_s=8.0
+        sweeps.hangs_once, monkeypatch, imagined.design, path, jobs=2, timeout_s=1.0
     )
-    assert facts_of(table.results) == facts_of(whole.results)
-    assert [r["message"] for r in retries] == [
-        f"no step for 8 s; its stack is in {retries[0]['id']}.stalled.txt"
-    ]
+    assert facts_of(table.results) == facts_of(imagined.results)
+    (retry,) = retries
+    assert retry["message"] == f"no step for 1 s; its stack is in {retry['id']}.stalled.txt"
+    assert "in _hold" in (path / "runs" / f"{retry['id']}.stalled.txt").read_text()
 
 
 @pytest.mark.parametrize(("function", "status"), [("hangs", "stalled"), ("dies", "died")])
 def test_a_run_that_cannot_be_done_is_lost_and_the_rest_is_not(
-    whole, tmp_path, monkeypatch, function, status
+    imagined, tmp_path, monkeypatch, function, status
 ):
-    path = tmp_path / "sweep"
+    path, design = tmp_path / "sweep", imagined.design
     table, retries = run_with(
-        getattr(sweeps, function), monkeypatch, whole.design, path, jobs=2, timeout_s=4.0
+        getattr(sweeps, function), monkeypatch, design, path, jobs=2, timeout_s=0.5
     )
-    lost = {r.id: r for r in table.results if r.lost}
-    assert {(r.recipe, r.lr) for r in lost.values()} == {("te_current", 1e-2)}
-    assert {r.status for r in lost.values()} == {status}
+    lost = {r.id for r in table.results if r.lost}
+    assert lost == {c.id for c in design.cells() if (c.recipe, c.lr) == ("te_current", 1e-2)}
+    assert {r.status for r in table.results} == {"finished", status}
     assert sorted(r["id"] for r in retries) == sorted(lost)
     assert len(table.results) == 8
-    if status == "stalled":
-        stack = (path / "runs" / f"{min(lost)}.stalled.txt").read_text()
-        assert "in _hold" in stack
-    again, _ = run_with(sweeps.run_cell, monkeypatch, whole.design, path, jobs=1)
-    assert facts_of(again.results) == facts_of(whole.results)
+    monkeypatch.setattr("halfulp.sweep.run.run_tasks", sweeps.serially)
+    again, _ = run_with(sweeps.imagined, monkeypatch, design, path)
+    assert facts_of(again.results) == facts_of(imagined.results)
+    assert facts_of(read_sweep(path).results) == facts_of(imagined.results)
 
 
 _DRIVER = """
@@ -136,82 +135,68 @@ def alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def command(corpus: Path, path: Path, *more: str) -> list[str]:
-    config = sweeps.config_of(corpus).to_dict()
-    sets = [
-        f"{section}.{key}={value}"
-        for section, keys in (
-            ("model", ("hidden", "layers")),
-            ("data", ("length", "val_fraction")),
-            ("train", ("steps", "rows", "eval_every", "eval_batches", "count_every")),
-            ("sharpness", ("every",)),
-        )
-        for key in keys
-        for value in [config[section][key]]
-    ]
-    words = ["--recipe", "fp32,te_current", "--lr", "1e-3,1e-2", "--seeds", "2", "-j", "1"]
-    sets += [f"data.source=['{corpus}']", "model.preset=llama-tiny", "train.device=cpu"]
-    options = [word for pair in sets for word in ("--set", pair)]
-    options += ["--set", "train.checkpoint_every=2"]
-    return [sys.executable, "-m", "halfulp", "sweep", *words, "-o", str(path), *options, *more]
-
-
-def test_ctrl_c_leaves_a_sweep_that_goes_on(corpus, whole, tmp_path):
-    path = tmp_path / "sweep"
-    with subprocess.Popen(
-        command(corpus, path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        wait_for_results(path, 1, process)
-        process.send_signal(signal.SIGINT)
-        said, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert f"halfulp sweep --resume {path}" in said
-    assert errors == ""
-    assert not (path / "writer.lock").exists()
-    assert len(read_sweep(path).results) >= 1
-    assert facts_of(run_design(whole.design, path).results) == facts_of(whole.results)
-
-
-def test_a_full_disk_stops_the_command_with_a_cure(corpus, whole, tmp_path):
-    """No file may grow past a size that the sweep's own log reaches after some runs."""
-    path = tmp_path / "sweep"
-
-    def limit() -> None:
-        # A result is about 700 bytes; checkpoints and caches are larger, so only the driver's
-        # limit is set: workers raise theirs again.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
-
-    run_design(whole.design, path, time_s=1e-9)  # makes the directory, and runs nothing
-    done = subprocess.run(
-        [sys.executable, "-c", _LIMITED.format(here=str(HERE), corpus=str(corpus), path=str(path))],
-        stderr=subprocess.PIPE, text=True, preexec_fn=limit, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "cannot write to" in done.stderr
-    assert f"halfulp sweep --resume {path}" in done.stderr
-    kept = read_sweep(path)
-    assert 0 < len(kept.results) < 8
-    assert facts_of(kept.results).items() <= facts_of(whole.results).items()
-    assert facts_of(run_design(whole.design, path).results) == facts_of(whole.results)
-
-
-_LIMITED = """
+_COMMAND = """
 import signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 sys.path[:0] = [{here!r}]
 import sweeps
 import halfulp.sweep.run as run
-run.run_cell = sweeps.unlimited
+run.run_cell = sweeps.{function}
 from halfulp.cli import main
 main(["sweep", "--resume", {path!r}, "-j", "1"])
 """
 
 
-def test_two_drivers_do_not_write_one_directory(corpus, whole, tmp_path):
+def command(imagined, path: Path, function: str, **options) -> subprocess.Popen:
+    """`halfulp sweep --resume` on a sweep of which nothing has run."""
+    store, _ = open_store(path, imagined.design, command=["test"])
+    store.close()
+    code = _COMMAND.format(here=str(HERE), function=function, path=str(path))
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_ctrl_c_leaves_a_sweep_that_goes_on(imagined, tmp_path, monkeypatch):
     path = tmp_path / "sweep"
-    with driver(corpus, path) as process:
-        wait_for_results(path, 1, process)
-        with pytest.raises(RunError, match=f"is being written by process {process.pid}"):
-            run_design(whole.design, path)
-        process.kill()
-    assert os.listdir(path / "runs")
+    with command(imagined, path, "slow_imagined") as process:
+        wait_for_results(path, 2, process)
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert f"halfulp sweep --resume {path}" in said
+    assert errors == ""
+    _goes_on(imagined, path, monkeypatch)
+
+
+def test_a_full_disk_stops_the_command_with_a_cure(imagined, tmp_path, monkeypatch):
+    """No file may grow past a size that the sweep's log reaches after some results."""
+    path = tmp_path / "sweep"
+    limits = (2500, resource.RLIM_INFINITY)
+    with command(
+        imagined,
+        path,
+        "imagined",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+    ) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert "cannot write to" in errors
+    assert f"halfulp sweep --resume {path}" in errors
+    assert "Traceback" not in errors
+    _goes_on(imagined, path, monkeypatch)
+
+
+def _goes_on(imagined, path: Path, monkeypatch) -> None:
+    """Part of the results is there, and the rest comes."""
+    assert not (path / "writer.lock").exists()
+    kept = facts_of(read_sweep(path).results)
+    assert 0 < len(kept) < 8
+    assert kept.items() <= facts_of(imagined.results).items()
+    monkeypatch.setattr("halfulp.sweep.run.run_tasks", sweeps.serially)
+    table, _ = run_with(sweeps.imagined, monkeypatch, imagined.design, path)
+    assert facts_of(table.results) == facts_of(imagined.results)

@@ -18,14 +18,6 @@ from halfulp.sweep.store import read_sweep
 pytestmark = pytest.mark.usefixtures("serially")
 
 
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    """A sweep that nothing disturbed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("halfulp.sweep.run.run_tasks", sweeps.serially)
-        return run_design(design_of(corpus), tmp_path_factory.mktemp("whole") / "sweep")
-
-
 def use(monkeypatch, function) -> None:
     monkeypatch.setattr("halfulp.sweep.run.run_cell", function)
 
