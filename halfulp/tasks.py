@@ -307,8 +307,18 @@ class _Ray:
             self._ray.shutdown()
 
 
+def _check_port(address: str) -> None:
+    """OSError, ValueError for an address at which nobody listens: Ray itself tries for minutes."""
+    import socket
+
+    if address not in ("auto", "local"):
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
 def _connect(ray: Any, address: str) -> None:
     try:
+        _check_port(address)
         ray.init(address=address, log_to_driver=False, logging_level="warning")
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         raise ConfigError(

@@ -3,16 +3,6 @@ from pathlib import Path
 import pytest
 import sweeps
 
-from halfulp.sweep.run import run_design
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _quiet_transformers():
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
@@ -23,6 +13,8 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def whole(corpus, tmp_path_factory):
     """A sweep that nothing disturbed, in this process; its directory is not to be changed."""
+    from halfulp.sweep.run import run_design
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("halfulp.sweep.run.run_tasks", sweeps.serially)
         return run_design(sweeps.design_of(corpus), tmp_path_factory.mktemp("whole") / "sweep")
