@@ -45,11 +45,11 @@ def pairs(option: str, given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def words(option: str, text: str) -> list[str]:
-    """The words between commas; ConfigError where there are none."""
+def words(option: str, text: str, example: str = "bf16,e4m3") -> list[str]:
+    """The words between commas; ConfigError, with an example, where there are none."""
     found = [word.strip() for word in text.split(",") if word.strip()]
     if not found:
-        raise ConfigError(f"{option} is empty. Give for example bf16,e4m3.")
+        raise ConfigError(f"{option} is empty. Give for example {example}.")
     return found
 
 

@@ -1,8 +1,9 @@
 """`halfulp sweep`: many runs that differ in recipe, learning rate, seed and data."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,9 +56,9 @@ def run(
         list[str] | None,
         typer.Option("--set", help="Any other option of `halfulp train`; may be repeated."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the sweep.")] = Path(
-        "sweep"
-    ),
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Directory of the sweep (default: sweep).")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the sweep there.")] = None,
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", help="Runs at a time (default: as many as have room).")
@@ -78,9 +79,10 @@ def run(
 
     named = {"config": config, "--recipe": recipe, "--lr": lr, "--seeds": seeds}
     named |= {"--reference": reference, "--data": data, "--set": set_}
-    named |= {"--guard": guard or None, "--force": force or None}
+    named |= {"--guard": guard or None, "--force": force or None, "--out": out}
     if resume is None:
-        path, design = out, _design(config, recipe, lr, seeds, reference, data, guard, set_)
+        path = Path("sweep") if out is None else out
+        design = _design(config, recipe, lr, seeds, reference, data, guard, set_)
     else:
         path, design = resume, _resumed(resume, [n for n, v in named.items() if v is not None])
     quiet_transformers()
@@ -117,15 +119,28 @@ def _design(
         if given is None:
             raise ConfigError(f"{option} is missing. Give for example {option} {example}.")
     overrides = overrides_of({"policy": {}}, set_ or [])
+    _check_overrides(overrides)
     return make_design(
         load_config({} if config is None else config, overrides),
-        recipes=words("--recipe", recipe or ""),
+        recipes=words("--recipe", recipe or "", "bf16_amp,te_current"),
         lrs=rates(lr or ""),
-        seeds=_seeds(seeds or "3"),
+        seeds=3 if seeds is None else _seeds(seeds),
         reference=reference or "",
-        data=dict(map(_data_set, data)) if data else None,
+        data=_data_sets(data) if data else None,
         guard=guard,
     )
+
+
+def _check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> None:
+    """ConfigError for a --set that the sweep would overrule."""
+    options = {
+        "train.lr": "--lr", "policy.recipe": "--recipe", "policy.file": "--recipe",
+        "policy.schedule": "--recipe", "guard.on": "--guard", "run.out": "--out",
+    }  # fmt: skip
+    for name, option in options.items():
+        section, _, key = name.partition(".")
+        if key in overrides.get(section, {}):
+            raise ConfigError(f"--set {name} has no effect on a sweep. Use {option}.")
 
 
 def _resumed(path: Path, given: list[str]) -> "Design":
@@ -143,7 +158,7 @@ def rates(text: str) -> list[float]:
     """Learning rates of "1e-4:1e-1:7", evenly spaced in log lr, or of a list with commas."""
     try:
         if ":" not in text:
-            return [float(word) for word in words("--lr", text)]
+            return [float(word) for word in words("--lr", text, "1e-3,1e-2")]
         first, last, count = text.split(":")
         low, high, n = float(first), float(last), int(count)
         if not 0 < low < high < math.inf or n < 2:
@@ -157,16 +172,21 @@ def rates(text: str) -> list[float]:
 
 def _seeds(text: str) -> int | list[int]:
     try:
-        return [int(word) for word in words("--seeds", text)] if "," in text else int(text)
+        return [int(word) for word in words("--seeds", text, "0,1")] if "," in text else int(text)
     except ValueError as error:
         raise ConfigError(f"--seeds {text!r} is not understood. Write 3, or 0,1,5.") from error
 
 
-def _data_set(text: str) -> tuple[str, list[str]]:
-    name, equals, sources = text.partition("=")
-    if not equals:
-        return Path(text).stem, [text]
-    return name, words("--data", sources)
+def _data_sets(given: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, sources = text.partition("=")
+        name = name.strip() if equals else Path(text).stem
+        if not name or name in found:
+            what = f"the name {name!r} is taken" if name else "it has no name"
+            raise ConfigError(f"--data {text!r} cannot be used: {what}. Write NAME=SOURCE.")
+        found[name] = words("--data", sources, "code=src,docs") if equals else [text]
+    return found
 
 
 def _seconds(option: str, text: str) -> float:

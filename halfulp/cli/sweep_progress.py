@@ -49,7 +49,7 @@ class SweepProgress:
         elif kind == "retry":
             self._say(f"{event['id']}: {event['message']}; tried once more")
         elif kind == "damaged":
-            self._say(f"damaged: {event['message']}; that run counts as not done")
+            self._say(damaged(event["message"]))
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=self._left())
 
@@ -65,6 +65,11 @@ class SweepProgress:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
             print(line, flush=True)
+
+
+def damaged(what: str) -> str:
+    """A line of the results that could not be read, and what that means."""
+    return f"damaged: {what}; if it was a result, its run counts as not done"
 
 
 def clock(seconds: float) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfulp.cli.show import print_table
-from halfulp.cli.sweep_progress import clock
+from halfulp.cli.sweep_progress import clock, damaged
 
 if TYPE_CHECKING:
     from halfulp.sweep.status import Status
@@ -48,6 +48,6 @@ def _show(found: "Status") -> None:
     for run in found.running:
         print(f"running: {run.id}: step {run.step}/{run.steps}, loss {run.loss_nats:.3f}")
     for line in found.damaged:
-        print(f"damaged: {line}; that run counts as not done")
+        print(damaged(line))
     left = "" if found.done == found.cells else f", {clock(found.seconds_left)} left"
     print(f"{found.done} of {found.cells} runs done{left}")

@@ -82,7 +82,10 @@ def run_design(
     so far are kept, and the same call goes on.
     """
     if jobs < 0 or time_s < 0 or timeout_s <= 0:
-        raise ConfigError("jobs and the time cannot be negative, and a timeout must be above 0.")
+        raise ConfigError(
+            f"jobs = {jobs}, time = {time_s:g} s and timeout = {timeout_s:g} s cannot be used. "
+            "Jobs and time cannot be negative, and a timeout must be above 0."
+        )
     store, stored = open_store(path, design, command=command, force=force)
     state = _State(design, store, {r.id: r for r in stored.results}, timeout_s, on_event)
     if time_s:
