@@ -23,8 +23,8 @@ def reason_of(result: Result, *, reference_nats: float = math.nan) -> str:
 
     * `not finite`: the loss or a gradient stopped being finite (a);
     * `stopped by the guard`: it could do no more;
-    * `not recovered`: the median of the last 5 % of the training losses is more than 0.3 nat above
-      the smallest smoothed one (b);
+    * `not recovered`: the median of the last training losses is more than 0.3 nat above the
+      smallest smoothed one (b; halfulp.sweep.measure says over how many steps);
     * `far above the reference`: the held-out loss is more than 0.5 nat above `reference_nats`, the
       reference's mean at its best learning rate (c);
     * `no better than unigrams`: the held-out loss is not below that of the best model without

@@ -10,7 +10,9 @@ import numpy as np
 from halfulp.run import Run
 from halfulp.sweep.spikes import spike_scores
 
-TAIL = 0.05  # share of the steps that the end of a run is, and that its losses are smoothed over
+# Steps that the end of a run is, and that its losses are smoothed over: a share, and the least. The
+# smallest of single losses is that of the easiest batch, and would make short runs look diverged.
+_TAIL, _LEAST = 0.05, 10
 _MOST_TOKENS = 1 << 24  # of which unigrams are counted
 
 
@@ -18,8 +20,8 @@ def measure(path: Path) -> dict[str, Any]:
     """Fields of Result that the run directory at `path` decides; a run that broke off has fewer.
 
     * `initial_nats`: training loss of the first step, before any update.
-    * `tail_nats`: median of the last 5 % of the training losses; `best_nats`: the smallest mean of
-      as many consecutive ones.
+    * `tail_nats`: median of the last 5 % of the training losses, at least 10; `best_nats`: the
+      smallest mean of as many consecutive ones.
     * `spikes`: convention → share of the steps (halfulp.sweep.spikes).
     * `sharpness`, `sharpness_centered`, `logz`: of the held-out logits at the last evaluation.
     * `unigram_nats`: entropy of the held-out tokens, which no model without context gets below.
@@ -56,10 +58,12 @@ def entropy_nats(counts: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def smallest_mean(losses: np.ndarray, window: int) -> float:
-    """The smallest mean of `window` consecutive losses [steps ≥ window]."""
+def tail_and_best(losses: np.ndarray) -> tuple[float, float]:
+    """(median of the last losses, smallest mean of as many consecutive ones) [steps ≥ 1]."""
+    window = min(len(losses), max(_LEAST, round(_TAIL * len(losses))))
     sums = np.cumsum(np.concatenate([[0.0], losses]))
-    return float((sums[window:] - sums[:-window]).min() / window)
+    best = (sums[window:] - sums[:-window]).min() / window
+    return float(np.median(losses[-window:])), float(best)
 
 
 def _of_steps(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -67,11 +71,11 @@ def _of_steps(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {}
     losses = np.array([event["loss_nats"] for event in steps], dtype=float)
     norms = np.array([event["grad_norm"] for event in steps], dtype=float)
-    window = max(1, round(TAIL * len(losses)))
+    tail, best = tail_and_best(losses)
     return {
         "initial_nats": float(losses[0]),
-        "tail_nats": float(np.median(losses[-window:])),
-        "best_nats": smallest_mean(losses, window),
+        "tail_nats": tail,
+        "best_nats": best,
         "spikes": spike_scores(losses, norms),
     }
 

@@ -18,8 +18,9 @@ class Result:
     """One run on the grid recipe × learning rate × seed × data set.
 
     Losses are in nats per token and nan where there is none. `message` says why a run did not
-    finish. Training losses: `tail_nats` is the median of the last 5 %, `best_nats` the smallest
-    of the smoothed ones. `unigram_nats` is the loss of the best model without context.
+    finish. Training losses: `tail_nats` is the median of the last 5 % (10 steps or more),
+    `best_nats` the smallest of the smoothed ones. `unigram_nats` is the loss of the best model
+    without context.
     """
 
     id: str
