@@ -1,14 +1,17 @@
-"""Figures of a sweep: losses over learning rates, what each recipe costs the model, the bill."""
+"""The figure of a sweep: loss over the learning rate, every seed a point, the window shaded."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from halfulp.report.curves import short
 from halfulp.report.html import Markup
-from halfulp.report.svg import CARD, INK, MUTED, SERIES, figure, render, series_style
+from halfulp.report.svg import CARD, INK, MUTED, figure, render, series_style
 from halfulp.sweep.divergence import FAR, NONFINITE, STOPPED, UNIGRAM, UNRECOVERED
-from halfulp.sweep.table import Row
+from halfulp.sweep.row import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +41,7 @@ def rate_figure(rows: Sequence[Row], seeds: Sequence[int], name: str = "rates") 
     if limits is None:
         return None
     reference = next((row for row in shown if row.is_reference), None)
-    strips = [strip for strip in (FAILED, LOST, NOT_RUN) if any(_marks(r, strip) for r in shown)]
+    strips = [s for s in (FAILED, LOST, NOT_RUN) if any(_marks(r, s, seeds) for r in shown)]
     head = TOP + STRIP * len(strips)
     columns = min(COLUMNS, len(shown))
     height = math.ceil(len(shown) / columns) * (head + PANEL + BOTTOM) + 14
@@ -80,23 +83,22 @@ def _panel(
     limits: tuple[float, float],
 ) -> None:
     lrs = [math.log2(p.lr) for p in row.points]
-    step = min(b - a for a, b in zip(lrs, lrs[1:], strict=False))
+    step = min(b - a for a, b in itertools.pairwise(lrs))
     axes.set_xlim(lrs[0] - 0.45 * step, lrs[-1] + 0.45 * step)
     axes.set_ylim(*limits)
     _shade(axes, row, color)
     if reference is not None and reference is not row:
         axes.plot(lrs, [p.mean_nats for p in reference.points], color=MUTED, lw=1.2, ls=(0, (4, 2)))
     axes.plot(lrs, [p.mean_nats for p in row.points], color=color)
-    place = {
-        seed: 0.0 if len(seeds) == 1 else i / (len(seeds) - 1) - 0.5 for i, seed in enumerate(seeds)
-    }
+    place = dict(zip(seeds, np.linspace(-0.5, 0.5, len(seeds)), strict=True))
     for x, point in zip(lrs, row.points, strict=True):
         for outcome in point.outcomes:
             if not outcome.failure and math.isfinite(outcome.score_nats):
-                axes.plot(x, outcome.score_nats, "o", ms=4.5, mfc=CARD, mec=color, mew=1.3)
+                beside = x + 0.2 * step * place[outcome.result.seed]
+                axes.plot(beside, outcome.score_nats, "o", ms=4.5, mfc=CARD, mec=color, mew=1.3)
     for k, strip in enumerate(strips):
         y = 1 + (STRIP * (k + 0.5)) / PANEL
-        for i, seed, marker in _marks(row, strip):
+        for i, seed, marker in _marks(row, strip, seeds):
             _mark(axes, lrs[i] + 0.5 * step * place[seed], y, marker, color)
     _title(axes, row, strips)
 
@@ -114,48 +116,51 @@ def _shade(axes: "Axes", row: Row, color: str) -> None:
             axes.axvline(edge, color=color, lw=1.0, alpha=0.6)
 
 
-def _marks(row: Row, strip: str) -> list[tuple[int, int, str]]:
+def _marks(row: Row, strip: str, seeds: Sequence[int]) -> list[tuple[int, int, str]]:
     """(index of the rate, seed, marker) of every run that belongs on `strip`."""
     found = []
     for i, point in enumerate(row.points):
-        for outcome in point.outcomes:
-            result = outcome.result
+        done = {outcome.result.seed: outcome for outcome in point.outcomes}
+        for seed in seeds:
+            outcome = done.get(seed)
             kind, marker = NOT_RUN, "_"
-            if result is not None and result.lost:
-                kind, marker = LOST, "$?$"
-            elif result is not None:
-                kind, marker = FAILED, MARKERS.get(outcome.failure, "")
+            if outcome is not None:
+                kind = LOST if outcome.result.lost else FAILED
+                marker = "?" if kind == LOST else MARKERS.get(outcome.failure, "")
             if kind == strip and marker:
-                found.append((i, outcome.seed, marker))
+                found.append((i, seed, marker))
     return found
 
 
 def _mark(axes: "Axes", x: float, y: float, marker: str, color: str) -> None:
+    place = axes.get_xaxis_transform()
+    if marker == "?":
+        axes.text(x, y, "?", transform=place, color=color, fontsize=12, fontweight="bold",
+                  ha="center", va="center_baseline")  # fmt: skip
+        return
     line = marker in "x_"
     axes.plot(
         x, y, marker=marker, ms=5.5, mfc=color, mec=color, mew=1.6 if line else 0.6,
-        transform=axes.get_xaxis_transform(), clip_on=False, ls="",
+        transform=place, clip_on=False, ls="",
     )  # fmt: skip
 
 
 def _title(axes: "Axes", row: Row, strips: Sequence[str]) -> None:
-    lift = STRIP * len(strips) + 10
     place: dict[str, Any] = {
-        "xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False,
+        "xytext": (0, STRIP * len(strips) + 10), "xycoords": "axes fraction",
+        "textcoords": "offset points", "annotation_clip": False,
     }  # fmt: skip
-    note = "reference" if row.is_reference else ""
-    if row.window is not None:
-        bound = "≥ " if row.window.open_ended else ""
-        note = f"{bound}{row.window.octaves:.1f} octaves"
-    axes.annotate(
-        short(row.recipe, most=26),
-        xy=(0, 1),
-        xytext=(0, lift),
-        fontsize=13,
-        fontweight="bold",
-        **place,
-    )
-    axes.annotate(note, xy=(1, 1), xytext=(0, lift), fontsize=11, color=MUTED, ha="right", **place)
+    name = short(row.recipe, most=26)
+    axes.annotate(name, xy=(0, 1), fontsize=13, fontweight="bold", **place)
+    axes.annotate(_octaves(row), xy=(1, 1), fontsize=11, color=MUTED, ha="right", **place)
+
+
+def _octaves(row: Row) -> str:
+    if row.window is None:
+        return ""
+    if not row.window.octaves and not row.window.open_ended:
+        return "no window"
+    return f"{'≥ ' if row.window.open_ended else ''}{row.window.octaves:.1f} octaves"
 
 
 def _strip_names(axes: "Axes", strips: Sequence[str]) -> None:
