@@ -30,7 +30,7 @@ def save(text: str, out: Path) -> Path:
     return out
 
 
-def document(title: str, body: Markup, *, style: str = "") -> str:
+def document(title: str, body: Markup, *, style: str = "", language: str = "en") -> str:
     """The page around `body`: no script, nothing from elsewhere; `style` adds to the sheet."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     head = tag(
@@ -42,7 +42,7 @@ def document(title: str, body: Markup, *, style: str = "") -> str:
         tag("title", f"{title} · halfulp"),
         tag("style", Markup(CSS + style)),
     )
-    html = tag("html", head, "\n", tag("body", body), lang="en")
+    html = tag("html", head, "\n", tag("body", body), lang=language)
     return f"<!DOCTYPE html>\n{html}\n"
 
 

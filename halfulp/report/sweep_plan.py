@@ -1,0 +1,113 @@
+"""The plan in stages: reference, pilot, one real run, standard; each with a gate and a way back."""
+
+import math
+
+from halfulp.report import words
+from halfulp.report.counters import COUNTERS
+from halfulp.report.html import Child, Markup, table, tag
+from halfulp.report.sweep_bars import figure_of
+from halfulp.report.sweep_choice import Choice, percent, runs_to_show
+from halfulp.report.sweep_plots import rate
+from halfulp.sweep.defaults import ABANDONED
+from halfulp.train.config import GuardSection
+
+STAGES = (1, 2, 3, 4)
+_FIRST = 0.1  # share of the first real run in the reference's precision
+
+
+def plan(choice: Choice) -> Markup:
+    """The stages as a table, or a sentence where there is nothing to introduce."""
+    if not choice.subject:
+        bar = f"{choice.judged.bar_nats:g}"
+        return tag("p", choice.say("plan_none", bar=bar, reference=choice.reference))
+    fields = _fields(choice)
+    head: list[Child] = [*choice.say("plan_columns").split("|")]
+    parts = ("stage", "do", "gate", "back")
+    keys = [[f"{part}_{stage}" for part in parts] for stage in STAGES]
+    if fields["allowed"] == "0":
+        keys[0][2] = "gate_1_none"
+    if choice.judged.bills is None or choice.judged.bills.inputs.tokens is None:
+        keys[3][1] = "do_4_same"
+    rows: list[list[Child]] = [[choice.say(key, **fields) for key in line] for line in keys]
+    return tag("div", table(head, rows, caption=choice.say("plan")), class_="plan")
+
+
+def _fields(choice: Choice) -> dict[str, str]:
+    own, base = choice.evidence(choice.subject), choice.evidence(choice.reference)
+    low, high = _rates(choice)
+    guard, marks = GuardSection(), {counter.key: counter.warn for counter in COUNTERS}
+    needed = runs_to_show(int(own.failures.runs), int(own.failures.failed))
+    seeds = len(choice.judged.table.seeds)
+    return {
+        "recipe": choice.subject,
+        "reference": choice.reference,
+        "bar": f"{choice.judged.bar_nats:g}",
+        "seeds": str(seeds),
+        "rate": _best(choice),
+        "allowed": str(round(seeds * (base.failures.share or 0.0))),
+        "spread": _spread(choice),
+        "low": rate(low),
+        "high": rate(high),
+        "needed": str(needed or "1,000"),
+        "saturation": percent(marks["saturation"]),
+        "lost": percent(marks["lost_updates"]),
+        "share": percent(_FIRST),
+        "every": str(guard.snapshot_every),
+        "raised": percent(guard.raised),
+        "wasted": percent(guard.wasted),
+        "speed": _speed(choice),
+        "most": _most(choice),
+        "failures": _failures(choice),
+    }
+
+
+def _rates(choice: Choice) -> tuple[float, float]:
+    """The learning rates that are safe for both; the grid where none is known to be."""
+    windows = [choice.evidence(name).window for name in (choice.subject, choice.reference)]
+    known = [w for w in windows if w is not None and w.octaves > 0]
+    lrs = choice.judged.table.lrs
+    low, high = (
+        max([w.lr_low for w in known] or lrs[:1]),
+        min([w.lr_high for w in known] or lrs[-1:]),
+    )
+    return (low, high) if low <= high else (lrs[0], lrs[-1])
+
+
+def _best(choice: Choice) -> str:
+    best = [row.best_lr for row in choice.rows(choice.reference) if row.best_lr is not None]
+    return rate(best[0]) if best else f"{rate(choice.judged.table.lrs[0])} …"
+
+
+def _spread(choice: Choice) -> str:
+    """How far apart the reference's seeds end in the sweep, in nats."""
+    known = [row for row in choice.rows(choice.reference) if row.best_lr is not None]
+    spans = []
+    for row in known:
+        point = next(point for point in row.points if point.lr == row.best_lr)
+        scores = [o.score_nats for o in point.outcomes if o.known and not o.failure]
+        spans += [max(scores) - min(scores)] if len(scores) > 1 else []
+    return words.nats(max(spans)) if spans else f"{choice.judged.bar_nats:g}"
+
+
+def _speed(choice: Choice) -> str:
+    cost = choice.cost(choice.subject)
+    even = cost.break_even if cost else None
+    if even is None or not math.isfinite(even.high):
+        return choice.say("gate_3_speed", reference=choice.reference)
+    return choice.say("gate_3_even", even=figure_of(even.high))
+
+
+def _most(choice: Choice) -> str:
+    bills = choice.judged.bills
+    return choice.large(bills.inputs.tokens) if bills and bills.inputs.tokens else ""
+
+
+def _failures(choice: Choice) -> str:
+    """The share of failing runs above which the recipe does not pay, by the closed form of cost."""
+    own, base = choice.cost(choice.subject), choice.cost(choice.reference)
+    gain = own.speedup.low * base.retries.value - 1 if own and own.speedup and base else 0.0
+    if not 0 < gain < math.inf:
+        return choice.say("gate_4_reference", reference=choice.reference)
+    abandoned = choice.evidence(choice.subject).abandoned_fraction or ABANDONED
+    share = 1 - 1 / (1 + gain / abandoned)
+    return choice.say("gate_4_even", share=percent(share))
