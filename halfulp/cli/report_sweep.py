@@ -36,7 +36,7 @@ def report_sweep(
     else:
         write_sweep(judged, out, title=title, force=force)
     for verdict in judged.verdicts:
-        print(f"{verdict}.")
+        print(f"{str(verdict).removesuffix('.')}.")
     print(f"report: {out}")
     if json_ is not None:
         json_.write_text(json.dumps(figures(judged), indent=1) + "\n", encoding="utf-8")

@@ -32,13 +32,13 @@ def _given(choice: Choice, inputs: Inputs) -> list[str]:
     pairs = speed.items() if isinstance(speed, Mapping) else [("", speed)] if speed else []
     speeds = ", ".join(f"{name} {_ends(value)}".strip() for name, value in pairs)
     found = [
-        ("given_gpu", {"gpu": load_gpu(inputs.gpu).name} if inputs.gpu else None),
         ("given_price", {"price": _ends(inputs.price_usd)} if inputs.price_usd else None),
         ("given_hours", {"hours": amount(inputs.gpu_hours)} if inputs.gpu_hours else None),
         ("given_speed", {"speed": speeds} if speeds else None),
         ("given_tokens", {"tokens": choice.large(inputs.tokens)} if inputs.tokens else None),
     ]
-    return [choice.say(key, **fields) for key, fields in found if fields]
+    said = [choice.say(key, **fields) for key, fields in found if fields]
+    return [f"GPU {load_gpu(inputs.gpu).name}", *said] if inputs.gpu else said
 
 
 def _ends(value: float | tuple[float, float] | None) -> str:

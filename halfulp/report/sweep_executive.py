@@ -11,7 +11,7 @@ from halfulp.report.html import Child, Markup, join, table, tag
 from halfulp.report.price import PASS
 from halfulp.report.sweep_assumed import assumed
 from halfulp.report.sweep_bars import PARTS, bill_figure, figure_of, times
-from halfulp.report.sweep_choice import Choice, runs_to_show
+from halfulp.report.sweep_choice import Choice, percent, runs_to_show
 from halfulp.report.sweep_page import Judged
 from halfulp.report.sweep_plan import plan
 from halfulp.report.sweep_tables import amount
@@ -309,7 +309,7 @@ def _horizon(choice: Choice) -> str:
     if horizon is None or bills is None or bills.inputs.tokens is None:
         return choice.say("risk_short")
     needed = choice.large(tokens_needed(0.9, bills.inputs.tokens))
-    share = words.share(horizon) if horizon >= 1e-5 else choice.say("tiny", share=words.share(1e-5))
+    share = words.share(horizon) if horizon >= 1e-5 else choice.say("tiny", share=percent(1e-5))
     return choice.say("risk_horizon", share=share, needed=needed)
 
 

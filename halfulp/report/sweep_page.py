@@ -124,7 +124,7 @@ def headline(judged: Judged) -> str:
 
 
 def _verdict(verdict: Verdict) -> Markup:
-    rest = verdict.sentence.removeprefix(verdict.recipe)
+    rest = verdict.sentence.removeprefix(verdict.recipe).removesuffix(".")
     changes = "; ".join(verdict.changes)
     what = tag("small", f"What would change it: {changes}.", class_="changes") if changes else None
     return tag(
@@ -141,11 +141,9 @@ def _coverage(table: Table) -> str:
         f"{len(table.recipes)} recipes × {len(table.lrs)} learning rates × {len(table.seeds)} "
         f"seeds{f' × {len(table.data)} data sets' if len(table.data) > 1 else ''}"
     )
-    notes = (
-        [f"{done} of {cells} runs have a result"] if done < cells else [f"all {cells} runs done"]
-    )
+    notes = [f"{done} of {cells} runs done"]
     notes += [f"{lost} lost"] if lost else []
-    notes += [f"{len(table.damaged)} damaged records"] if table.damaged else []
+    notes += [f"{len(table.damaged)} damaged in the record"] if table.damaged else []
     return f"{text}; {', '.join(notes)}. {_SEEDS if len(table.seeds) < 5 else ''}"
 
 

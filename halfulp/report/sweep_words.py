@@ -118,7 +118,6 @@ _ENGLISH = {
     "given_price": "{price} dollars per GPU-hour",
     "given_speed": "speed-up {speed}",
     "given_tokens": "{tokens} tokens per run",
-    "given_gpu": "GPU {gpu}",
     "assumed_price": "price {low} to {high} dollars per hour of {gpu}",
     "assumed_speed": "speed-up of {recipe} {value} ({low} to {high})",
     "assumed_octaves": "the best learning rate is uncertain by {value} octaves (the grid of "
@@ -238,7 +237,6 @@ _JAPANESE = {
     "given_price": "GPU 1 時間あたり {price} ドル",
     "given_speed": "高速化率 {speed}",
     "given_tokens": "1 回の学習に {tokens} トークン",
-    "given_gpu": "GPU {gpu}",
     "assumed_price": "{gpu} の単価は 1 時間 {low} 〜 {high} ドル",
     "assumed_speed": "{recipe} の高速化率は {value}（{low} 〜 {high}）",
     "assumed_octaves": "最良の学習率の不確かさは {value} オクターブ（この実験の学習率の範囲）",

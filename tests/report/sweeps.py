@@ -24,17 +24,21 @@ CURVES: Mapping[str, tuple[float, float, float]] = {
     "mask_e8m2": (2.460, -0.3, math.inf),
     "mask_e8m2_nearest": (2.404, 0.0, math.inf),
 }
+REFUSED = "nvfp4 takes blocks of 16; layers.0.qk.k_proj has 24 columns"
 
 
-def design(recipes: Sequence[str] = tuple(CURVES), *, seeds: int = 3, **options) -> Design:
+def design(recipes: Sequence[str] = tuple(CURVES), *, seeds: int = 3, lrs=LRS, **options) -> Design:
     config = load_config({"model": {"preset": "llama-tiny"}, "train": {"steps": 80}})
-    return make_design(config, recipes=recipes, lrs=LRS, seeds=seeds, **options)
+    return make_design(config, recipes=recipes, lrs=lrs, seeds=seeds, **options)
 
 
 def results(made: Design, *, scatter: float = 0.002) -> list[Result]:
     """One result per cell, noise shared by the recipes of a seed, as pairs have it."""
     found = []
     for cell in made.cells():
+        if cell.recipe not in CURVES:
+            found.append(_refused(cell))
+            continue
         best, at, limit = CURVES[cell.recipe]
         noise = np.random.default_rng(cell.seed).normal(0, 0.03)
         own = np.random.default_rng([cell.seed, len(cell.recipe)]).normal(0, scatter)
@@ -59,6 +63,13 @@ def _result(made: Design, cell, loss: float, *, diverged: bool) -> Result:
         return replace(whole, loss_nats=5.54, tail_nats=5.54, best_nats=5.54)
     broken = {"status": "nonfinite", "message": "the loss at step 31 is not finite (layers.1.ffn)"}
     return replace(whole, **broken, steps=31, loss_nats=math.nan, loss_nats_fp32=math.nan)
+
+
+def _refused(cell) -> Result:
+    return Result(
+        id=cell.id, recipe=cell.recipe, lr=cell.lr, seed=cell.seed, data=cell.data,
+        status="refused", message=REFUSED,
+    )  # fmt: skip
 
 
 def write(path: Path, made: Design, found: Sequence[Result]) -> Path:

@@ -1,0 +1,155 @@
+import re
+import string
+import subprocess
+import tempfile
+from pathlib import Path
+
+import browser
+import pytest
+import sweeps
+
+from halfulp.errors import ConfigError
+from halfulp.report.sweep_choice import Choice, runs_to_show
+from halfulp.report.sweep_executive import render_executive, write_executive
+from halfulp.report.sweep_page import judge
+from halfulp.report.sweep_words import LANGUAGES, TEXTS
+from halfulp.sweep.cost import expected_runs
+from halfulp.sweep.inputs import Inputs
+
+GIVEN = Inputs(gpu="H200", price_usd=3.5, gpu_hours=12_000, speedup=1.35, tokens=2e12)
+LISTED = Inputs(gpu="H200", gpu_hours=12_000)
+
+
+def choice(tmp_path, recipes, *, seeds=3, inputs=GIVEN, language="en") -> Choice:
+    made = sweeps.design(recipes, seeds=seeds)
+    path = sweeps.write(tmp_path / "sweep", made, sweeps.results(made))
+    return Choice(judge(path, inputs=inputs), language)
+
+
+def plain(text: str) -> str:
+    body = re.sub(r"<svg.*?</svg>|<style.*?</style>", " ", text, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body)).replace("\u00a0", " ")
+
+
+def test_the_languages_say_the_same_with_the_same_numbers():
+    def fields(text: str) -> set[str]:
+        return {name for _, name, _, _ in string.Formatter().parse(text) if name}
+
+    english, japanese = TEXTS["en"], TEXTS["ja"]
+    assert set(TEXTS) == set(LANGUAGES)
+    assert list(english) == list(japanese)
+    assert all(fields(english[key]) == fields(japanese[key]) for key in english)
+    same = [key for key in english if english[key] == japanese[key]]
+    assert not same, f"not translated: {same}"
+    assert all(text.count("|") == japanese[key].count("|") for key, text in english.items())
+
+
+def test_a_recipe_that_passes_is_introduced_in_stages(tmp_path):
+    found = choice(tmp_path, ["bf16_amp", "te_current", "mask_e4m7"], seeds=12)
+    assert found.subject == "te_current"
+    text = plain(render_executive(found.judged))
+    assert "Introduce te_current in stages, in place of bf16_amp." in text
+    for said in (
+        "expected to cost $",
+        "0 / 12",
+        "1 Reference",
+        "2 Pilot",
+        "3 One real run",
+        "4 Standard",
+    ):
+        assert said in text
+
+
+def test_what_could_not_be_told_is_not_claimed(tmp_path):
+    found = choice(tmp_path, ["bf16_amp", "te_current"])
+    text = plain(render_executive(found.judged))
+    assert "Could not tell yet: stay with bf16_amp, and let a pilot of te_current decide." in text
+    assert "at most 63 % fail" in text
+    assert "29 runs without a further failure" in text
+    assert "under 0.001 % of the tokens" in text
+    assert "Introduce te_current in stages" not in text
+
+
+def test_where_all_fail_the_reference_stays_and_nothing_is_planned(tmp_path):
+    found = choice(tmp_path, ["bf16_amp", "mask_e4m7", "fp8_unscaled"])
+    assert found.subject == ""
+    text = plain(render_executive(found.judged))
+    assert "Stay with bf16_amp: no lower precision came through." in text
+    assert "There is nothing to introduce." in text
+    assert "2 Pilot" not in text
+
+
+def test_without_money_nothing_is_said_about_it(tmp_path):
+    found = choice(tmp_path, ["bf16_amp", "te_current"], inputs=None)
+    text = plain(render_executive(found.judged))
+    assert "this page says nothing about money" in text
+    assert "$" not in text
+    assert "What is assumed" not in text
+
+
+def test_figures_that_nobody_gave_have_a_source_and_a_date(tmp_path):
+    found = choice(tmp_path, ["bf16_amp", "te_current"], inputs=LISTED)
+    text = plain(render_executive(found.judged))
+    assert "Given: GPU NVIDIA H200 141 GB SXM, 12,000 GPU-hours per run." in text
+    assert re.search(
+        r"price 2\.50 to 7\.00 dollars per hour of NVIDIA H200.*\(.*, 20\d\d-\d\d\)", text
+    )
+    assert re.search(r"speed-up of te_current 1\.\d\d \(1\.\d\d to 1\.\d\d\) \(", text)
+
+
+def test_the_last_gate_is_the_share_of_failures_at_which_it_stops_paying(tmp_path):
+    found = choice(tmp_path, ["bf16_amp", "te_current"])
+    said = re.search(r"At most (\d+) % of the runs fail", plain(render_executive(found.judged)))
+    assert said is not None
+    share, base = int(said[1]) / 100, found.cost("bf16_amp")
+    assert base is not None
+    lower = expected_runs(1 - (share - 0.01)) / 1.35
+    upper = expected_runs(1 - (share + 0.01)) / 1.35
+    assert lower < base.retries.value < upper
+
+
+def test_japanese_is_japanese(tmp_path):
+    found = choice(tmp_path, ["bf16_amp", "te_current"], language="ja")
+    page = render_executive(found.judged, language="ja")
+    text = plain(page)
+    assert 'lang="ja"' in page
+    assert "現時点では判定できない" in text
+    assert "判定できず" in text
+    english = [word for word in ("could not tell", "pass", "fail", "reference") if word in text]
+    assert not english, english
+
+
+def test_another_language_is_refused(tmp_path):
+    found = choice(tmp_path, ["bf16_amp", "te_current"])
+    with pytest.raises(ConfigError, match="en and ja"):
+        render_executive(found.judged, language="fr")
+
+
+@pytest.mark.parametrize(("runs", "failed", "needed"), [(3, 0, 29), (29, 0, 29), (3, 1, 46)])
+def test_runs_that_show_a_success_of_nine_in_ten(runs, failed, needed):
+    assert runs_to_show(runs, failed) == needed  # exact binomial bound, as in the usual tables
+
+
+def test_no_number_of_runs_shows_what_always_fails():
+    assert runs_to_show(990, 900) is None
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("inputs", [GIVEN, LISTED], ids=["given", "listed"])
+def test_it_prints_on_one_sheet(tmp_path, language, inputs):
+    found = choice(tmp_path, [*sweeps.CURVES, "nvfp4"], inputs=inputs)
+    page = write_executive(found.judged, tmp_path / "page.html", language=language)
+    assert _pages(page) == 1
+
+
+def _pages(page: Path) -> int:
+    pdf = page.with_suffix(".pdf")
+    with tempfile.TemporaryDirectory() as profile:
+        options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}")
+        target = (f"--print-to-pdf={pdf}", page.resolve().as_uri())
+        subprocess.run(
+            [browser.find(), *options, *target], check=True, capture_output=True, timeout=60
+        )
+    content = pdf.read_bytes()
+    assert re.search(rb"/MediaBox \[0 0 59\d\.\d+ 84\d\.\d+\]", content), "not A4"
+    return len(re.findall(rb"/Type /Page\b(?!s)", content))
