@@ -111,6 +111,7 @@ def test_a_corpus_gives_the_unique_tokens_and_the_criterion(type_):
         ("--flops 1e20 --write-config run.toml", "--data"),
         ("--flops 1e20 --length 5", "only matters to --write-config"),
         ("--flops 1e20 --json no/where.json", "cannot be written"),
+        ("--flops 1e20 --html x --json x", "Give four names"),
         ("--flops many", "Invalid value for '--flops'"),
         ("--flops 1e20 laws", "options of laws after its name"),
         ("laws --law epok", "Nearest: epoch"),

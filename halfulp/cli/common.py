@@ -13,7 +13,7 @@ from typing import Any
 
 from halfulp.errors import ConfigError
 
-_COUNTS = {2: "two", 3: "three"}
+_COUNTS = {2: "two", 3: "three", 4: "four"}
 
 
 def check_outputs(options: dict[str, Path | None], *, force: bool) -> None:

@@ -19,7 +19,7 @@ from halfulp.plan.shape import Shape, shape_of
 from halfulp.speedups import BF16, Speed, speed_of
 
 KINDS = ("gpu_hours", "money_usd", "flops", "target_loss_nats")
-FEWEST_PARAMETERS = 1e3
+FEWEST, MOST = 1e3, 1e18  # parameters and tokens beyond which only a wrong unit leads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,9 @@ def plan(
     spend = _spender(*budget, price, rented)
     size = spend(reference).parameters
     ways, refused = _ways(reference, precision, rented, mfu, speeds or {}, size)
-    options = {name: spend(way) for name, way in ways.items()}
+    options, out_of_reach = _spent(ways, spend, strict=precision != "auto")
+    refused |= out_of_reach
+    ways = {name: ways[name] for name in options}
     name, why = _choose(budget[0], precision, options)
     _check_size(options[name])
     return Plan(
@@ -156,11 +158,13 @@ def _check_numbers(unique: float | None, served: float, gpus: int | None) -> Non
 
 
 def _check_size(chosen: Option) -> None:
-    if min(chosen.parameters, chosen.tokens) < FEWEST_PARAMETERS:
+    sizes = chosen.parameters, chosen.tokens
+    if min(sizes) < FEWEST or max(sizes) > MOST:
+        side = "larger" if min(sizes) < FEWEST else "smaller"
         raise PlanError(
             f"the optimum has {chosen.parameters:.3g} parameters and {chosen.tokens:.3g} tokens: "
-            "no law reaches down there, and a unit may be off (FLOPs, not TFLOPs; GPU-hours, not "
-            "seconds). Give a larger budget."
+            "no law reaches there, and a unit may be off (FLOPs, not TFLOPs; GPU-hours, not "
+            f"seconds). Give a {side} budget."
         )
 
 
@@ -207,6 +211,21 @@ def _ways(
                 raise
             refused[name] = str(error)
     return ways, refused
+
+
+def _spent(
+    ways: Mapping[str, Way], spend: Callable[[Way], Option], *, strict: bool
+) -> tuple[dict[str, Option], dict[str, str]]:
+    """What each way buys, and why some do not reach the target; `strict`: all have to."""
+    options, refused = {}, {}
+    for name, way in ways.items():
+        try:
+            options[name] = spend(way)
+        except PlanError as error:
+            if strict or name == "bf16":
+                raise
+            refused[name] = f"{name}: {error}"
+    return options, refused
 
 
 def _of_format(reference: Way, name: str, speed: Speed, gpu: Gpu, mfu: float) -> Way:

@@ -125,6 +125,15 @@ def test_auto_takes_the_best_for_the_kind_of_budget():
     assert plan("h100", gpu_hours=100).refused.keys() == {"mxfp8", "nvfp4"}
 
 
+def test_auto_leaves_out_a_format_that_never_reaches_the_loss():
+    found = plan("b200", target_loss_nats=1.825)
+    assert "nvfp4" in found.refused
+    assert "out of reach" in found.refused["nvfp4"]
+    assert {o.precision for o in found.options} == {"bf16", "fp8", "mxfp8"} - found.refused.keys()
+    with pytest.raises(PlanError, match="out of reach with this format"):
+        plan("b200", target_loss_nats=1.825, precision="nvfp4")
+
+
 def test_few_unique_tokens_are_repeated_and_twice_as_many_help():
     found = plan("h100", flops=1e21, precision="bf16", law="muennighoff", unique_tokens=1e10)
     assert found.chosen.parameters == pytest.approx(2.306e9, rel=1e-3)
@@ -197,6 +206,7 @@ def test_the_package_is_the_function():
         ({"flops": math.nan}, "no budget"),
         ({"money_usd": -5}, "no budget"),
         ({"flops": 1e6}, "unit may be off"),
+        ({"flops": 1e60}, "unit may be off"),
         ({"target_loss_nats": 1.8}, "out of reach"),
         ({"target_loss_nats": 2.0, "unique_tokens": 1e9}, "out of reach with 1e\\+09 unique"),
         ({"flops": 1e20, "mfu": 1.2}, "MFU of 1.2 is impossible"),
