@@ -85,7 +85,7 @@ def _buys(plan: Plan, language: str) -> str:
     cost = ""
     if o.cost_usd is not None and o.cost_range_usd is not None:
         low, high = (dollars(x) for x in o.cost_range_usd)
-        key = "own_cost" if low == high else "cost"
+        key = "own_cost" if o.cost_range_usd[0] == o.cost_range_usd[1] else "cost"
         cost = text[key].format(usd=dollars(o.cost_usd), low=low, high=high)
     return text["buys"].format(
         hours=digits(o.gpu_hours), gpu=plan.gpu.name, cost=cost, n=amount(o.parameters, language),
