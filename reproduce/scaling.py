@@ -33,6 +33,7 @@ MUENNIGHOFF, KUMAR, SUN = "arXiv:2305.16264", "arXiv:2411.04330", "arXiv:2501.02
 BETA = 0.28  # of the rounded Chinchilla law
 ORDERS = (1, 2, 3, 4, 5, 8, 16)
 DRAWS = 1000
+HELD_OUT_TOKENS = 8192  # of the model whose parameters are zeroed
 
 
 def claims() -> Iterator[Result]:
@@ -275,6 +276,7 @@ def isoflop() -> Iterator[Result]:
     yield _describes()
     yield _exponent()
     yield _larger()
+    yield _negligible()
     yield _cost()
 
 
@@ -343,6 +345,24 @@ def _larger() -> Result:
         f"[{law.low:.4f}, {law.high:.4f}], of one run [{run.low:.4f}, {run.high:.4f}]; measured "
         f"{', '.join(off)} for two seeds",
         REPRODUCED if all(inside) else UNKNOWN if any(inside) else REFUTED,
+    )
+
+
+def _negligible() -> Result:
+    from halfulp.cli.load import load_model
+    from halfulp.plan.sparsity import ALL, RULES, sparsity
+
+    loaded = load_model(str(trained(held_out()[:1])[0]), tokens=HELD_OUT_TOKENS)
+    found = sparsity(loaded.model, loaded.text, loaded.held_out)
+    rows = [found.row(ALL, rule) for rule in RULES]
+    said = [f"{r.share:.1%} by {r.rule} ({r.rise_nats:+.4f} ± {r.rise_se:.4f} nats)" for r in rows]
+    return Result(
+        "most parameters of a trained model are negligible",
+        f"{KAUSIK}, abstract of v4",
+        f"zeroed for {found.budget_nats:g} nats/token without training again, in a run of "
+        f"{sum(found.parameters.values()) / 1e6:.2f} M parameters on {found.tokens:,} held-out "
+        f"tokens: {', '.join(said)} (gate: half of them)",
+        REPRODUCED if max(r.share for r in rows) >= 0.5 else REFUTED,
     )
 
 
