@@ -107,6 +107,7 @@ def _bands(boot: "Bootstrap") -> dict[str, "Band"]:
     return bands
 
 
+_NO_FLOOR = 0.02  # E as a share of the least loss, below which it is not told from 0
 _WORDS = {
     "exponent": "a in N* ∝ C^a",
     "parameters_at_10x": "N* at 10 × the largest C",
@@ -128,11 +129,14 @@ def _print(found: "Fit", boot: "Bootstrap | None", figures: dict) -> None:
         rows = [(name, f"{value:.5g}") for name, value in figures["coefficients"].items()]
         print_table(("", "fitted"), rows)
     else:
+        bands = _bands(boot)
         rows = [
             (_WORDS.get(name, name), f"{b.value:.5g}", f"{b.low:.5g} to {b.high:.5g}")
-            for name, b in _bands(boot).items()
+            for name, b in bands.items()
         ]
         print_table(("", "fitted", f"80 % of {len(boot.draws)} resamples"), rows)
+        if bands["E"].low < _NO_FLOOR * found.runs.loss_nats.min():
+            print("note: E may be 0: the runs do not tell how low the loss can get")
     print(f"one run is off by {found.spread:.2%} of its loss (root mean square)")
     _print_worst(found)
     _print_left_out(figures["left_out"])
