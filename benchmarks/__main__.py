@@ -12,7 +12,7 @@ from pathlib import Path
 
 ANYWHERE = (
     "rounding", "optimizer", "training", "check", "sharpness", "guard", "guard_overhead", "sweep",
-    "plan_fit",
+    "plan_fit", "corpus",
 )  # fmt: skip
 SCRIPTS = (*ANYWHERE, "gpu", "guard_gpu", "sweep_gpu", "attention_bias_gpu")
 FOLDER = Path(__file__).parent

@@ -22,8 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-
-from benchmarks.common import machine, section, table
+from common import machine, section, table
 
 ORDERS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 ONE = (8,)
@@ -94,15 +93,12 @@ def judged(speed: float, goal: float, memory: float) -> str:
 
 def in_a_process(name: str, orders: tuple[int, ...], megabytes: int) -> dict:
     """What `measure` finds, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.corpus", "--megabytes", str(megabytes)]
+    command = [sys.executable, __file__, "--megabytes", str(megabytes)]
     command += ["--one", name, ",".join(map(str, orders))]
     kernel = {"numpy": "torch"}.get(KERNELS.get(name, "c"), "c")
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
     environment = {**os.environ, "HALFULP_KERNEL": kernel, **one_thread}
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 

@@ -29,12 +29,12 @@ def test_shards_are_sketched_united_and_compared(capsys, text):
         code, out, _ = run(capsys, f"sketch {name}.txt -o {name}.hll --words 1 -j 1")
         assert code == 0
         assert out.split("\n")[1].split() == ["words:1", "3", "3", "±", "1.6%", f"{name}.hll"]
-    code, out, _ = run(capsys, "merge a.hll b.hll -o all --json")
-    assert code == 0
-    facts = json.loads(out)["all.hll"]
+    assert run(capsys, "merge a.hll b.hll -o all")[0] == 0
+    facts = json.loads((text / "all.hll.json").read_text())
     assert (facts["amounts"]["documents"], round(facts["distinct"])) == (2, 4)
-    code, out, _ = run(capsys, "overlap a.hll b.hll")
+    code, out, _ = run(capsys, "overlap a.hll b.hll --json found.json")
     assert code == 0
+    assert json.loads((text / "found.json").read_text())["common"]["value"] == 2
     assert "distinct in both              2       2 … 2" in out
     assert "share of a.hll                66.67%  66.67% … 66.67%" in out
     assert "From all 4 distinct sequences of the two." in out

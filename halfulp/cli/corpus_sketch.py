@@ -1,10 +1,9 @@
 """`halfulp corpus sketch`, `halfulp corpus merge` and `halfulp corpus overlap`."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -36,7 +35,6 @@ def sketch(
     bytes_: options.ForceBytes = False,
     jobs: options.Jobs = 0,
     ray: options.Ray = "",
-    json_: options.Json = False,
     force: options.Force = False,
 ) -> None:
     """Sketch a shard of a corpus: a small file for each length, to be merged.
@@ -67,12 +65,10 @@ def sketch(
         save(found.sketches[name], path)
     for path, why in found.notes.skipped.items():
         typer.echo(f"skipped {path}: {why}", err=True)
-    _print_sketches([(path, found.sketches[name]) for name, path in written.items()], json_)
+    _print_sketches([(path, found.sketches[name]) for name, path in written.items()])
 
 
-def merge(
-    sketches: Sketches, out: Out, json_: options.Json = False, force: options.Force = False
-) -> None:
+def merge(sketches: Sketches, out: Out, force: options.Force = False) -> None:
     """Unite sketches of shards, which must count the same thing in the same way.
 
     Exit codes: 0 done, 2 something is wrong.
@@ -84,13 +80,16 @@ def merge(
     _check_free([path], force=force)
     whole = united([load(sketch) for sketch in sketches])
     save(whole, path)
-    _print_sketches([(path, whole)], json_)
+    _print_sketches([(path, whole)])
 
 
 def overlap(
     a: Annotated[Path, typer.Argument(help="Sketch of a corpus (.hll).")],
     b: Annotated[Path, typer.Argument(help="Sketch of another.")],
-    json_: options.Json = False,
+    json_: Annotated[
+        Path | None, typer.Option("--json", "-o", help="Write all figures there.")
+    ] = None,
+    force: options.Force = False,
 ) -> None:
     """Distinct sequences that two sketched corpora share, with 95 % intervals.
 
@@ -98,12 +97,13 @@ def overlap(
     """
     from halfulp.corpus.overlap import overlap as compared
     from halfulp.corpus.sketch_file import load
+    from halfulp.data.cache import write_json
 
+    check_outputs({"--json": json_}, force=force)
     first, second = load(a), load(b)
     found = compared(first, second)
-    if json_:
-        print(json.dumps(asdict(found), indent=1))
-        return
+    if json_ is not None:
+        write_json(json_, asdict(found))
     rows = [
         ("distinct in both", *_range(found.common, "{:,.0f}")),
         (f"share of {a.name}", *_range(found.share_of_a, "{:.2%}")),
@@ -127,7 +127,7 @@ def _hll(out: Path) -> Path:
     return out if out.suffix == ".hll" else out.with_name(f"{out.name}.hll")
 
 
-def _check_free(paths: Any, *, force: bool) -> None:
+def _check_free(paths: Iterable[Path], *, force: bool) -> None:
     from halfulp.corpus.sketch_file import paths_of
 
     for path in paths:
@@ -135,17 +135,14 @@ def _check_free(paths: Any, *, force: bool) -> None:
             check_outputs({"--out": file}, force=force)
 
 
-def _print_sketches(written: Sequence[tuple[Path, "Sketch"]], json_: bool) -> None:
-    from halfulp.corpus.sketch_file import facts_of
+def _print_sketches(written: Sequence[tuple[Path, "Sketch"]]) -> None:
+    from halfulp.corpus.hll import rel_std
 
-    if json_:
-        print(json.dumps({str(path): facts_of(sketch) for path, sketch in written}, indent=1))
-        return
     rows = []
     for path, sketch in written:
-        facts, amounts = facts_of(sketch), sketch.amounts
-        error = f"± {1.96 * facts['rel_std']:.1%}"
-        distinct = (f"{amounts.occurrences:,}", f"{facts['distinct']:,.0f}", error)
+        error = f"± {1.96 * rel_std(sketch.hll.lg_k):.1%}"
+        numbers = sketch.amounts.occurrences, sketch.hll.estimate()
+        distinct = (*(f"{number:,.0f}" for number in numbers), error)
         rows.append((sketch.definition.sequences, *distinct, str(path)))
     print_table(("", "occurrences", "unique", "95 %", "file"), rows)
 
