@@ -12,7 +12,7 @@ import numpy as np
 
 MOST_UNITS = 13  # remembered of each key: f_1 … f_12 need to know whether there are more than 12
 _WAITING = 1 << 16  # occurrences that wait for the next sort
-_SLOTS = 1 << 16
+_SLOTS = 1 << 15
 _LAST = np.uint32(2**32 - 1)
 _NO_MARK = np.uint64(2**64 - 1)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from halfulp.corpus.adaptive import Sample
-from halfulp.corpus.keys import Block, Stream, first_end, ngram_keys, prefix
+from halfulp.corpus.keys import BLOCK, MOST, Block, Stream, first_end, ngram_keys, prefix
 from halfulp.corpus.tally import PLACE_BITS, Tally
 
 
@@ -32,6 +32,7 @@ class Family:
         self._apart = apart
         self._shard = shard << PLACE_BITS
         self._open = 0  # symbols of the open document so far
+        self._work = np.empty((3, BLOCK + MOST + 1), np.uint64)
 
     def feed(self, batch: Symbols) -> None:
         """Count the sequences that end in these symbols."""
@@ -41,9 +42,10 @@ class Family:
         places = (self._shard + before + begins).astype(np.uint64)
         at = 0
         for block in self._stream.blocks(batch.symbols, batch.starts):
-            sums = prefix(block)
+            sums = prefix(block, self._work[:2, : len(block.tokens) + 1])
             for n, tally in self.tallies.items():
-                self._sample(tally, n, block, ngram_keys(block, sums, n), at, batch, places)
+                keys = ngram_keys(block, sums, n, out=self._work[2])
+                self._sample(tally, n, block, keys, at, batch, places)
             at += len(block.tokens) - block.context
 
     def _sample(

@@ -15,6 +15,7 @@ from halfulp.data.documents import Piece, in_pieces, read_documents
 FILE_BITS = 40  # of a piece's number: the rest is its place in the file
 _GROUP = {"text": 1 << 18, "tokens": 1 << 16}  # characters, tokens
 _MOST_PIECES = 4096
+_PIECE = 1 << 16  # characters
 
 
 class Group(NamedTuple):
@@ -48,7 +49,8 @@ def groups(
 ) -> Iterator[Group]:
     """The documents of numbered files; files that are no text are left out and noted.
 
-    A piece is a document, or at most 2^18 characters or 2^12 tokens of a longer one.
+    A piece is a document or a part of a longer one: 2^16 characters of a text file, at most 2^18
+    where the text is tokenized or comes from JSONL or Parquet, 2^12 tokens of a token file.
     Raises DataError, naming the place, for what is broken.
     """
     pieces, numbers, size = [], [], 0
@@ -91,4 +93,13 @@ def _text(file: SourceFile, config: CountConfig, notes: Notes) -> Iterator[Piece
             return
         if invalid:
             notes.invalid[str(file.path)] = invalid
-    yield from in_pieces(text_blocks(file.path))
+    texts = text_blocks(file.path)
+    # Only a tokenizer cares where a document is cut; smaller pieces make a finer growth curve.
+    yield from in_pieces(texts) if config.tokenizer else _cut_anywhere(texts)
+
+
+def _cut_anywhere(texts: Iterable[str]) -> Iterator[Piece]:
+    for text in texts:
+        for at in range(0, len(text), _PIECE):
+            yield Piece(text[at : at + _PIECE], False)
+    yield Piece("", True)
