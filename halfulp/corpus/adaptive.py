@@ -125,13 +125,11 @@ class Sample:
 
 
 def _order(keys: np.ndarray, priorities: np.ndarray) -> np.ndarray:
-    """np.lexsort((priorities, keys)), several times faster where few keys are equal."""
+    """np.lexsort((priorities, keys)) up to equal pairs, by two sorts that are much faster."""
     order = np.argsort(keys)
-    equal = np.diff(keys[order]) == 0
-    tied = np.flatnonzero(np.append(equal, False) | np.insert(equal, 0, False))
-    among = order[tied]
-    order[tied] = among[np.lexsort((priorities[among], keys[among]))]
-    return order
+    found = keys[order]
+    rank = np.cumsum(np.append(False, found[1:] != found[:-1]), dtype=np.uint64)
+    return order[np.argsort(rank << np.uint64(32) | priorities[order])]
 
 
 def key_starts(keys: np.ndarray) -> np.ndarray:
