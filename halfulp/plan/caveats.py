@@ -14,7 +14,7 @@ _SAME_SIZE = 4.0  # factor in parameters within which a published step time is t
 def flags_of(chosen: Option, law: LawInUse, options: Sequence[Option]) -> tuple[str, ...]:
     """One sentence for every law that is used outside what it was fitted on."""
     n, d, c = chosen.parameters, chosen.tokens, chosen.flops
-    flags = [*law.law.outside(N=n, D=d, C=c)]
+    flags = [*law.law.outside(N=n, D=d, C=c, L=chosen.loss_nats)]
     if chosen.epochs is not None and chosen.epochs > 1:
         repeated = load_law("muennighoff")
         flags += [f for f in repeated.outside(N=n, epochs=chosen.epochs) if f not in flags]

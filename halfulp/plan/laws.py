@@ -31,7 +31,8 @@ class Law:
     def outside(self, **values: float) -> tuple[str, ...]:
         """One sentence for each of the `values` that lies outside what the law was fitted on.
 
-        `values` are named as in `ranges`: N, D, C or epochs; those without a range are not judged.
+        `values` are named as in `ranges`: N, D, C, L or epochs; those without a range are not
+        judged.
         """
         said = []
         for name, value in values.items():

@@ -187,7 +187,10 @@ def test_bands_and_flags():
     low, high = outside.chosen.band_nats
     assert 0.03 < high - low < 0.2
     assert not any(flag.startswith("epoch") for flag in inside.flags)
-    assert sum(flag.startswith("epoch") for flag in outside.flags) == 3
+    assert sum(flag.startswith("epoch") for flag in outside.flags) == 4
+    guess = plan("h100", gpu_hours=0.1, unique_tokens=2e6)
+    assert guess.chosen.loss_nats > 10.4  # worse than guessing among 32,000 tokens
+    assert any(flag.startswith("epoch: L = ") for flag in guess.flags)
     rounded = plan("h100", flops=1e21, law="hoffmann")
     assert rounded.chosen.band_nats is None
     assert any("rounded" in note for note in rounded.notes)
