@@ -3,7 +3,7 @@
 from halfulp.plan import floating, kaplan
 from halfulp.plan.in_use import open_law
 from halfulp.plan.laws import LOSS_KINDS, load_law
-from halfulp.plan.precision import Bits, precision_loss
+from halfulp.plan.precision import Bits, optimal_bits, precision_loss, ptq_loss
 from halfulp.plan.precisions import PRECISIONS
 from halfulp.plan.rates import deepseek, steplaw
 
@@ -18,7 +18,11 @@ def values_at(name: str, n: float, d: float) -> list[tuple[str, str]]:
         return _loss(name, n, d)
     if kind == "precision":
         pairs = [(bits, precision_loss(n, d, Bits(bits, bits, bits))) for bits in (16, 8, 4)]
-        return [(f"loss with {bits} bits", f"{loss:.5g}") for bits, loss in pairs]
+        rows = [(f"loss with {bits} bits", f"{loss:.5g}") for bits, loss in pairs]
+        return [*rows, ("bits of the least loss for the compute", f"{optimal_bits():.2f}")]
+    if name == "ptq":
+        added = [(bits, ptq_loss(n, d, bits)) for bits in (8, 4, 3)]
+        return [(f"loss added by {bits} bits", f"{loss:.3g}") for bits, loss in added]
     if kind == "floating":
         layouts = [(p.name, p.layout) for p in PRECISIONS.values() if p.layout is not None]
         return [(f"loss added by {p}", f"{floating.penalty(n, d, at):.3g}") for p, at in layouts]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from halfulp.plan.budget import Plan
+from halfulp.plan.cost import attention_share
 from halfulp.plan.facts import Facts, Order
 from halfulp.plan.kausik import emergence, growth_of
 from halfulp.plan.options import Comparison, Option
@@ -16,6 +17,7 @@ PRECISION_COLUMNS = (
     "loss", "added by format", "gain over BF16", "pays from", "may add", "verdict",
 )  # fmt: skip
 ORDER_COLUMNS = ("sequences", "distinct", "local exponent", "corpus that doubles them")
+_LENGTH = 2048  # of a sequence, for the share of attention
 _BOUNDLESS = 1e6  # a corpus factor above this is no bound in practice
 
 
@@ -27,7 +29,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("precision", f"{o.precision} (recipe {o.recipe}): {plan.why}"),
         ("parameters", f"{amount(o.parameters)} ({o.parameters:.4g}): {_shape(plan)}"),
         ("tokens", _tokens(o)),
-        ("compute", f"{o.flops:.4g} FLOPs (6 N D)"),
+        ("compute", _compute(plan)),
         ("GPU time", _time(plan)),
         ("cost", cost_text(o)),
         ("loss", loss_text(o)),
@@ -64,6 +66,15 @@ def _tokens(o: Option) -> str:
     if o.epochs is None or o.unique_tokens is None:
         return text
     return f"{text}; {digits(o.epochs)} epochs of {amount(o.unique_tokens)} unique tokens"
+
+
+def _compute(plan: Plan) -> str:
+    shape = plan.shape
+    attention = attention_share(shape.width, shape.parameters, shape.layers, _LENGTH)
+    return (
+        f"{plan.chosen.flops:.4g} FLOPs (6 N D); attention over {_LENGTH:,} tokens would add "
+        f"{share(attention)}"
+    )
 
 
 def _time(plan: Plan) -> str:
