@@ -73,6 +73,7 @@ def plan(
 ) -> Plan:
     """Plan a training run for exactly one of GPU-hours, money, FLOPs and a loss to reach.
 
+    `law` is a name of laws.toml, a fit.json of `halfulp plan fit`, or a runs.csv to be fitted.
     C = 6 N D; hours = C / (peak x MFU x speed), where `speeds` replaces the published step times.
     With `serve_tokens` the budget pays for training, and the size is the one that reaches its loss
     with the least compute for training and serving together. `precision` "auto" takes the least

@@ -11,7 +11,7 @@ LANGUAGES = ("en", "ja")
 
 TEXTS = {
     "en": {
-        "buys": "{hours} hours of {gpu}{cost} train a model of {n} parameters on {d} tokens in "
+        "buys": "{hours} GPU-hours of {gpu}{cost} train a model of {n} parameters on {d} tokens in "
         "{precision}{days}.",
         "cost": ", about {usd} ({low} to {high} depending on the provider),",
         "own_cost": ", about {usd} at your price,",
