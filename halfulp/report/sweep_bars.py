@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from halfulp.report import words
 from halfulp.report.curves import short
 from halfulp.report.html import Markup
 from halfulp.report.svg import CARD, INK, MUTED, SERIES, figure, render
 from halfulp.report.sweep_plots import colors
+from halfulp.sweep.interval import Interval
 from halfulp.sweep.money import Cost
 from halfulp.sweep.ranges import Range
 from halfulp.sweep.row import Row
@@ -71,7 +72,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     octaves = reference.window.octaves if reference and reference.window else None
     excess = reference.sensitivity.reference.value if reference and reference.sensitivity else None
     gaps = tuple(_of(row.gap) for row in rows)
-    excesses = tuple(_of(row.sensitivity and row.sensitivity.reference) for row in rows)
+    excesses = tuple(_of(row.sensitivity.reference if row.sensitivity else None) for row in rows)
     ratios = tuple(_of(row.sharpness_ratio) for row in rows)
     return [
         Column("loss above the reference, nats", gaps, 0.0, "bar"),
@@ -81,9 +82,10 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     ]
 
 
-def _of(interval: Any) -> Dot | None:
-    known = interval is not None and math.isfinite(interval.value)
-    return Dot(interval.value, interval.low, interval.high) if known else None
+def _of(interval: Interval | None) -> Dot | None:
+    if interval is None or not math.isfinite(interval.value):
+        return None
+    return Dot(interval.value, interval.low, interval.high)
 
 
 def _window(row: Row) -> Dot | None:

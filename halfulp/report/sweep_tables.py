@@ -129,12 +129,13 @@ def _logz(row: Row) -> Child:
 
 
 def _spikes(row: Row) -> Child:
-    """Share of steps, for every convention; "too short" where a run has no full window."""
-    lines = []
-    for name, (k, size) in CONVENTIONS.items():
-        said = words.share(row.spikes[name]) if name in row.spikes else "too short"
-        lines.append(tag("div", said, tag("small", f"{k:g} σ of {size} steps")))
-    return join(*lines)
+    """Share of steps, for every convention; "too short" where no run has a full window."""
+    lines = [
+        tag("div", words.share(row.spikes[name]), tag("small", f"{k:g} σ of {size} steps"))
+        for name, (k, size) in CONVENTIONS.items()
+        if name in row.spikes
+    ]
+    return join(*lines) if lines else "too short"
 
 
 def _bill(cost: Cost | None) -> list[Child]:
@@ -210,8 +211,8 @@ def split_table(splits: Sequence[Split]) -> Markup:
     body: list[list[Child]] = []
     for s in splits:
         parts = [spread(x, signed=True) for x in (s.total, s.bias, s.resolution)]
-        known = s.bias_share is not None
-        share = words.share(s.bias_share) if known else "could not tell"
+        part = s.bias_share
+        share = "could not tell" if part is None else words.share(part)
         name = join(s.truncate, tag("small", f"with {s.nearest}"))
         body.append([name, s.data, rate(s.lr), *parts, share])
     return table(head, body, numeric=frozenset(range(2, 7)), caption="Bias and resolution")
@@ -296,4 +297,4 @@ def machine_table(environment: Mapping[str, Any]) -> Markup:
 
 
 def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return " ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)

@@ -20,7 +20,7 @@ GIVEN = Inputs(gpu="H200", price_usd=3.5, gpu_hours=12_000, speedup=1.35, tokens
 LISTED = Inputs(gpu="H200", gpu_hours=12_000)
 
 
-def choice(tmp_path, recipes, *, seeds=3, inputs=GIVEN, language="en") -> Choice:
+def choice(tmp_path, recipes, *, seeds=3, inputs: Inputs | None = GIVEN, language="en") -> Choice:
     made = sweeps.design(recipes, seeds=seeds)
     path = sweeps.write(tmp_path / "sweep", made, sweeps.results(made))
     return Choice(judge(path, inputs=inputs), language)
