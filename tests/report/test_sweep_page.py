@@ -136,7 +136,7 @@ def test_a_sweep_that_has_just_begun_has_a_page(tmp_path, done):
 
 
 def test_two_data_sets_have_a_figure_and_a_row_each(tmp_path):
-    made = sweeps.design(["bf16_amp", "te_current"], data={"a": ["stdlib"], "b": ["stdlib"]})
+    made = sweeps.design(["bf16_amp", "te_current"], data={"a": ["stdlib"], "b": ["text"]})
     text = render_sweep(judge(sweeps.write(tmp_path / "two", made, sweeps.results(made))))
     assert text.count('aria-labelledby="rates-') == 2
     assert text.count("te_current<small>a</small>") == 1
