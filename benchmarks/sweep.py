@@ -21,6 +21,8 @@ from pathlib import Path
 
 from common import machine, table, verdict
 
+from halfulp.data import open_data
+from halfulp.numerics.kernel import cache_directory
 from halfulp.run import Run
 from halfulp.sweep.design import Cell, Design, make_design
 from halfulp.sweep.one_run import Task, run_cell
@@ -75,9 +77,11 @@ def in_turn(design: Design, cells: list[Cell], folder: Path) -> Measured:
     """One after another in this process, which has imported everything."""
     path = folder / "sweep"
     open_store(path, design, command=["benchmark"])[0].close()
+    digest = open_data(design.config.data.corpus(), cache_directory() / "data").digest
     began, done, beside = time.perf_counter(), [], []
     for cell in cells:
-        result = run_cell(Task(path, design.to_dict(), design.digest(), cell, 600.0)).result
+        task = Task(path, design.to_dict(), design.digest(), cell, 600.0, digest)
+        result = run_cell(task).result
         assert result is not None
         done.append(time.perf_counter() - began)
         beside.append(result.wall_seconds - result.seconds)

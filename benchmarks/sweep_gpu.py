@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from common import table
 
+from halfulp.data import open_data
+from halfulp.numerics.kernel import cache_directory
 from halfulp.sweep.design import Cell, Design, make_design
 from halfulp.sweep.one_run import Task, Trained, run_cell
 from halfulp.sweep.run import GPU_SHARE
@@ -60,6 +62,11 @@ class Driver:
 
     def __init__(self, designs: dict[str, Design], phases: list[Phase], folder: Path) -> None:
         self.designs, self.phases, self.folder = designs, phases, folder
+        cache = cache_directory() / "data"
+        self.digests = {
+            name: open_data(design.config.data.corpus(), cache).digest
+            for name, design in designs.items()
+        }
         self.started: dict[int, float] = {}
         self.numbers = count()
         self.current = 0
@@ -79,7 +86,8 @@ class Driver:
         self.started[seed] = now
         design = self.designs[phase.model]
         cell = Cell(design.recipes[1], design.lrs[0], seed, next(iter(design.data)))
-        return Task(self.folder / "unseen", design.to_dict(), "", cell, TIMEOUT_S)
+        unseen = self.folder / "unseen"
+        return Task(unseen, design.to_dict(), "", cell, TIMEOUT_S, self.digests[phase.model])
 
     def take(self, outcome: Outcome[Task]) -> None:
         wall = time.perf_counter() - self.started.pop(outcome.task.cell.seed)

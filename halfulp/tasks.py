@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -274,11 +274,22 @@ class _Ray:
         self._running: set[Any] = set()
 
     def room(self) -> int:
-        resources = self._ray.cluster_resources()
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        places = sum(map(self._places, nodes))
+        if not places:
+            share = f" and {self._gpu_share:g} of a GPU" if self._gpu_share else ""
+            raise ConfigError(
+                f"no node of the Ray cluster has the {self._threads} CPU{share} that a task asks "
+                f"for; it has {len(nodes)} nodes. Add one, or ask for fewer threads."
+            )
+        return min(self._jobs or places, places)
+
+    def _places(self, resources: Mapping[str, float]) -> int:
+        """How many tasks a node with these resources has room for."""
         places = resources.get("CPU", 0.0) / self._threads
         if self._gpu_share:
             places = min(places, resources.get("GPU", 0.0) / self._gpu_share)
-        return min(self._jobs or int(places), max(1, int(places)))
+        return int(places + 1e-6)
 
     def submit(self, function: Callable[[Any], Any], task: Any) -> Any:
         if self._remote is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from halfulp.errors import ConfigError
 from halfulp.policy import Policy
-from halfulp.train.config import PolicySection, Stage, TrainConfig, load_config
+from halfulp.train.config import DataSection, PolicySection, Stage, TrainConfig, load_config
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,18 @@ class Design:
     def config_of(self, cell: Cell, out: Path, policies: Path) -> TrainConfig:
         """The configuration of one run, written to `out`; its policy files lie in `policies`."""
         base = self.config
-        sources = self.data[cell.data]
         return replace(
             base,
-            data=replace(base.data, source=sources) if sources else base.data,
+            data=self.data_of(cell.data),
             train=replace(base.train, lr=cell.lr, seed=cell.seed),
             policy=policy_of(cell.recipe, base.policy, policies),
             run=replace(base.run, out=str(out)),
         )
+
+    def data_of(self, name: str) -> DataSection:
+        """The section [data] of the runs on one data set."""
+        own = self.config.data
+        return replace(own, source=self.data[name]) if self.data[name] else own
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for TOML."""
@@ -161,15 +165,22 @@ def slug(text: str) -> str:
 
 
 def _prepared(config: TrainConfig, guard: bool) -> TrainConfig:
-    # One thread unless the user wants more: a run's bits must not depend on who else is running.
+    # A run's bits must not depend on who else is running, or on which worker it meets.
     threads = config.train.threads or 1
+    device = _device(config.train.device)
     return dataclasses.replace(
         config,
-        train=replace(config.train, threads=threads, lr=1.0, seed=0),
+        train=replace(config.train, threads=threads, device=device, lr=1.0, seed=0),
         policy=replace(config.policy, recipe="", file="", schedule=()),
         guard=replace(config.guard, on=True) if guard else type(config.guard)(on=False),
         run=replace(config.run, out=""),
     )
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check(design: Design) -> None:

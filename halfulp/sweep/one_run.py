@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfulp.errors import ConfigError, FormatError, NonFiniteError, PolicyError, StoppedError
+from halfulp.errors import (
+    ConfigError,
+    DataError,
+    FormatError,
+    NonFiniteError,
+    PolicyError,
+    StoppedError,
+)
 from halfulp.sweep.design import Cell, Design
 from halfulp.sweep.result import Result
 from halfulp.sweep.store import is_sweep, read_sweep, write_policies
@@ -21,6 +28,7 @@ STALLED = "stalled.txt"  # where a worker that hung says where it hung
 class Task:
     """A cell to run in the sweep at `path`; `timeout_s` is the longest time between two events.
 
+    `data`: the digest of its data set, which is to be the same on every machine.
     `afresh`: from its first step, whatever an earlier try has left.
     """
 
@@ -29,6 +37,7 @@ class Task:
     digest: str
     cell: Cell
     timeout_s: float
+    data: str
     afresh: bool = False
 
 
@@ -89,12 +98,25 @@ def _train(design: Design, task: Task, out: Path, policies: Path, alive: Any) ->
     from halfulp.train import checkpoint
     from halfulp.train.loop import train
 
+    _check_data(design, task)
     config = design.config_of(task.cell, out, policies)
     begun = (out / "config.toml").is_file() and bool(checkpoint.steps_in(out / "checkpoints"))
     started = begun and not task.afresh
     command = ("halfulp", "sweep")
     resume = out if started else None
     return train(config, resume=resume, force=not started, command=command, on_event=alive).reason
+
+
+def _check_data(design: Design, task: Task) -> None:
+    from halfulp.data import open_data
+    from halfulp.numerics.kernel import cache_directory
+
+    section = design.data_of(task.cell.data)
+    if open_data(section.corpus(), cache_directory() / "data").digest != task.data:
+        raise DataError(
+            f"the data set {task.cell.data} ({', '.join(section.source)}) is not the same here as "
+            "where the sweep began. Give every machine the same files."
+        )
 
 
 def _measured(cell: Cell, status: str, message: str, out: Path, seconds: float) -> Result:

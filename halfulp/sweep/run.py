@@ -94,7 +94,7 @@ def run_design(
         state.tell("damaged", message=line)
     try:
         _check_reference(design, stored.results)
-        _prepare(design)
+        state.digests = _digests(design)
         state.tell("begin", done=len(state.done), cells=len(design.cells()))
         outcomes = run_tasks(
             run_cell, state.next_task, jobs=jobs, ray=ray,
@@ -120,6 +120,7 @@ class _State:
     timeout_s: float
     on_event: OnEvent | None
     deadline: float = float("inf")
+    digests: Mapping[str, str] = field(default_factory=dict)  # of the data sets, as they are here
     running: set[str] = field(default_factory=set)
     done: set[str] = field(init=False)
     tries: dict[str, int] = field(default_factory=dict)
@@ -140,7 +141,7 @@ class _State:
         path = self.store.path.absolute()
         return Task(
             path, self.design.to_dict(), self.design.digest(), cell, self.timeout_s,
-            cell.id in self.afresh,
+            self.digests[cell.data], cell.id in self.afresh,
         )  # fmt: skip
 
     def take(self, outcome: Outcome[Task]) -> None:
@@ -159,7 +160,8 @@ class _State:
         """The result of a run; None when it is to be tried once more."""
         cell = outcome.task.cell
         if isinstance(outcome.value, Trained) and outcome.value.result is not None:
-            self._keep(cell.id, outcome.value)
+            if outcome.value.files:
+                self.store.keep(cell.id, outcome.value.files)
             return outcome.value.result
         stalled = self.store.runs / f"{cell.id}.{STALLED}"
         hung = bool(outcome.died) and stalled.is_file() and stalled.stat().st_size > 0
@@ -186,13 +188,6 @@ class _State:
             status=status, message=message,
         )  # fmt: skip
 
-    def _keep(self, id: str, trained: Trained) -> None:
-        folder = self.store.runs / id
-        if trained.files:
-            folder.mkdir(parents=True, exist_ok=True)
-        for name, content in trained.files.items():
-            (folder / name).write_bytes(content)
-
     def tell(self, event: str, **fields: Any) -> None:
         if self.on_event is not None:
             self.on_event({"event": event, **fields})
@@ -215,25 +210,21 @@ def _why(outcome: Outcome[Task]) -> str:
     return f"its process {outcome.died}" if outcome.died else "it was interrupted"
 
 
-def _prepare(design: Design) -> None:
-    """Read the data sets once, so that workers find their tokens and errors come before any run."""
-    from dataclasses import replace
-
+def _digests(design: Design) -> dict[str, str]:
+    """What each data set holds; read before any run, so that workers find their tokens."""
     from halfulp.data import open_data
     from halfulp.numerics.kernel import cache_directory
 
-    for sources in design.data.values():
-        section = design.config.data
-        section = replace(section, source=sources) if sources else section
+    found = {}
+    for name in design.data:
+        section = design.data_of(name)
         data = open_data(section.corpus(), cache_directory() / "data")
         for split in ("train", "val"):
             data.windows(split, section.length)
+        found[name] = data.digest
+    return found
 
 
 def _gpu_share(design: Design) -> float:
     """The part of a GPU that a run takes: small models leave most of one idle."""
-    import torch
-
-    device = design.config.train.device
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    return GPU_SHARE if on_gpu else 0.0
+    return GPU_SHARE if design.config.train.device == "cuda" else 0.0

@@ -8,7 +8,7 @@ runs/<id>/           the run directories, without checkpoints once they have a r
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,19 @@ class Store:
     def note(self, event: str, **fields: object) -> None:
         """Write what else has happened."""
         self._run.write(event, **fields)
+
+    def keep(self, id: str, files: Mapping[str, bytes]) -> None:
+        """Lay files of a run that was trained elsewhere into its directory; or RunError."""
+        folder = self.runs / id
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
+        except OSError as error:
+            raise RunError(
+                f"cannot write {folder}: {error.strerror}. Make room and go on with: "
+                f"{self._run.continue_with}"
+            ) from error
 
     def unlock(self, id: str) -> None:
         """Let a run be written whose process is known to have died, on whatever machine."""

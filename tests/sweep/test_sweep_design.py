@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from sweeps import config_of, design_of, write_corpus
 
 from halfulp import toml
@@ -108,6 +109,16 @@ def test_what_every_run_has_of_its_own_does_not_make_another_design():
 def test_the_guard_is_off_unless_asked_for():
     assert not make().config.guard.on
     assert make(guard=True).config.guard.on
+
+
+def test_every_run_has_one_thread_and_the_same_device_unless_said_otherwise():
+    assert TrainConfig().train.device == "auto"
+    assert make().config.train.threads == 1
+    assert make().config.train.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    config = TrainConfig()
+    config = replace(config, train=replace(config.train, device="cuda", threads=3))
+    chosen = make_design(config, **TWO).config.train
+    assert (chosen.device, chosen.threads) == ("cuda", 3)
 
 
 def test_stages_are_one_more_recipe(tmp_path):

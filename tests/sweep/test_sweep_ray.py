@@ -78,6 +78,13 @@ def test_as_many_tasks_as_jobs_run_at_a_time(cluster):
     assert len({o.value for o in outcomes(cluster, ["a", "b"], jobs=1)}) == 1
 
 
+def test_tasks_that_no_node_has_room_for_are_named(cluster):
+    with pytest.raises(ConfigError, match=r"has the 2 CPU that a task asks for; it has 2 nodes"):
+        outcomes(cluster, ["a"], threads=2)
+    with pytest.raises(ConfigError, match=r"1 CPU and 0\.25 of a GPU"):
+        outcomes(cluster, ["a"], gpu_share=0.25)
+
+
 def test_a_sweep_comes_to_what_the_local_one_does_though_a_worker_is_killed(
     cluster, whole, tmp_path, monkeypatch
 ):

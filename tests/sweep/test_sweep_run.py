@@ -225,6 +225,20 @@ def test_no_run_is_started_that_would_not_be_done_in_time(imagined, tmp_path, mo
     assert facts_of(table.results) == facts_of(imagined.results)
 
 
+def test_a_worker_with_other_data_stops_the_sweep(corpus, tmp_path, monkeypatch):
+    """Machines of a cluster may hold different files under one name."""
+
+    def elsewhere(task):
+        (moving / "25.txt").write_text("other words " * 300)
+        return sweeps.run_cell(task)
+
+    moving = write_corpus(tmp_path / "moving")
+    use(monkeypatch, elsewhere)
+    with pytest.raises(RunError, match=r"data set moving .* is not the same here"):
+        run_design(design_of(moving), tmp_path / "sweep")
+    assert read_sweep(tmp_path / "sweep").results == ()
+
+
 @pytest.mark.parametrize("options", [{"jobs": -1}, {"time_s": -1.0}, {"timeout_s": 0.0}])
 def test_numbers_that_mean_nothing_are_refused(whole, tmp_path, options):
     with pytest.raises(ConfigError, match="cannot be used"):
