@@ -83,6 +83,7 @@ def in_turn(design: Design, cells: list[Cell], folder: Path) -> Measured:
         task = Task(path, design.to_dict(), design.digest(), cell, 600.0, digest)
         result = run_cell(task).result
         assert result is not None
+        _check(result.status, result.message)
         done.append(time.perf_counter() - began)
         beside.append(result.wall_seconds - result.seconds)
     return Measured(done, beside, 1)
@@ -93,7 +94,8 @@ def workers(design: Design, cells: list[Cell], folder: Path, *, ray: str = "") -
     began, done, beside = time.perf_counter(), [], []
 
     def note(event) -> None:
-        if event["event"] == "result":
+        if event["event"] in ("result", "retry"):
+            _check(event.get("status", "retry"), event["message"])
             done.append(time.perf_counter() - began)
             beside.append(event["wall_seconds"] - event["seconds"])
 
@@ -117,6 +119,12 @@ def on_ray(design: Design, cells: list[Cell], folder: Path) -> Measured:
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def _check(status: str, message: str) -> None:
+    """A run that was not trained would make the figures too good."""
+    if status != "finished":
+        raise SystemExit(f"a run failed, so nothing was measured: {message}")
 
 
 def _design(corpus: Path, steps: int, seeds: int) -> Design:
