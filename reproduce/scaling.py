@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reproduce.common import REFUTED, REPRODUCED, UNKNOWN, Interval, Result, judge, show, together
-from reproduce.isoflop import cpu_seconds, fitted, held_out, trained
+from reproduce.isoflop import LENGTH, cpu_seconds, fitted, held_out, trained
 from reproduce.local_text import python_files
 
 if TYPE_CHECKING:
@@ -353,7 +353,8 @@ def _negligible() -> Result:
     from halfulp.plan.sparsity import ALL, RULES, sparsity
 
     loaded = load_model(str(trained(held_out()[:1])[0]), tokens=HELD_OUT_TOKENS)
-    found = sparsity(loaded.model, loaded.text, loaded.held_out)
+    texts = (ids.reshape(-1, LENGTH) for ids in (loaded.text, loaded.held_out))
+    found = sparsity(loaded.model, *texts)
     rows = [found.row(ALL, rule) for rule in RULES]
     said = [f"{r.share:.1%} by {r.rule} ({r.rise_nats:+.4f} ± {r.rise_se:.4f} nats)" for r in rows]
     return Result(
