@@ -20,15 +20,19 @@ VOCAB = 257  # bytes and the end of a document
 LENGTH, ROWS = 64, 8
 TOKENS = LENGTH * ROWS  # of one step
 LR_TIMES_HIDDEN = 0.25
-GRID = {  # FLOPs -> (hidden, layers); the smallest budget has too few tokens for larger models
-    2e11: ((32, 1), (32, 2), (64, 1)),
-    6e11: ((32, 1), (32, 2), (64, 1), (64, 2), (96, 2)),
-    1.8e12: ((32, 2), (64, 1), (64, 2), (96, 2)),
+LAYERS = 2
+GRID = {  # FLOPs -> widths; the smallest budgets have too few tokens for larger models
+    2e11: (32,),
+    3.5e11: (32, 64),
+    6e11: (32, 64, 96),
+    1e12: (32, 64, 96),
+    1.8e12: (32, 64, 96),
 }
-SEEDS = (0, 1)
+REPEATED = (6e11, 1.8e12)  # FLOPs at which there are two seeds
+SHALLOW = ((6e11, 32), (6e11, 64), (1.8e12, 64))  # (FLOPs, width) of models of one layer
 CPU_FILE = "cpu_seconds.json"  # beside the files of the run
 VERSION = 1  # raise it when what a run computes changes: kept runs are then trained again
-LARGER = (1.08e13, (128, 2))  # not fitted: 6 times the compute, 1.7 times the parameters
+LARGER = (1.08e13, 128)  # FLOPs, width; not fitted: 6 times the compute, 1.7 times the parameters
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,22 @@ class Point:
 
 def fitted() -> list[Point]:
     """The runs that the law is fitted to."""
-    return [Point(c, *shape, s) for c, shapes in GRID.items() for shape in shapes for s in SEEDS]
+    return [
+        Point(flops, hidden, LAYERS, seed)
+        for flops, widths in GRID.items()
+        for hidden in widths
+        for seed in ((0, 1) if flops in REPEATED else (0,))
+    ]
 
 
 def held_out() -> list[Point]:
     """The runs that the fitted law has to predict."""
-    flops, shape = LARGER
-    return [Point(flops, *shape, seed) for seed in SEEDS]
+    return [Point(*LARGER, LAYERS, seed) for seed in (0, 1)]
+
+
+def shallow() -> list[Point]:
+    """Runs of another shape: one layer."""
+    return [Point(flops, hidden, 1, 0) for flops, hidden in SHALLOW]
 
 
 def trained(points: Sequence[Point]) -> list[Path]:
@@ -144,4 +157,4 @@ def _finished(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    trained([*fitted(), *held_out()])
+    trained([*fitted(), *held_out(), *shallow()])
