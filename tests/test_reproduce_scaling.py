@@ -22,7 +22,7 @@ def test_published_laws_give_what_the_papers_print():
 
 
 def test_the_set_spends_its_budgets_and_reads_less_than_an_epoch():
-    for point in [*isoflop.fitted(), *isoflop.held_out()]:
+    for point in [*isoflop.fitted(), *isoflop.held_out(), *isoflop.shallow()]:
         config = isoflop.config_of(point)
         tokens = config["train"]["steps"] * isoflop.TOKENS
         spent = 6 * isoflop.parameters(point.hidden, point.layers) * tokens
