@@ -9,14 +9,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from halfulp.plan.runs_table import Runs
-from reproduce import isoflop, local_text, scaling
+from reproduce import isoflop, local_text, published_laws, scaling
 from reproduce.common import REFUTED, REPRODUCED
 
 REFUTED_CLAIMS = ("whatever law", "by the rounded coefficients")
 
 
 def test_published_laws_give_what_the_papers_print():
-    for result in scaling.published():
+    for result in published_laws.published():
         known = any(words in result.claim for words in REFUTED_CLAIMS)
         assert result.verdict == (REFUTED if known else REPRODUCED), result
 
