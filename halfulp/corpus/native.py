@@ -2,12 +2,14 @@
 
 import ctypes
 import functools
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from halfulp.corpus.keys import BLOCK, MOST, Block
 from halfulp.corpus.near import Hits, NumpyNear, Task
+from halfulp.errors import KernelError
 from halfulp.numerics.kernel import attempt, build
 
 _SEEN = 16384  # of ngrams.c
@@ -71,6 +73,8 @@ def status() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _load() -> ctypes.CDLL:
+    if sys.byteorder != "little":
+        raise KernelError("the C kernel of the counter is for little-endian machines")
     path = build("ngrams", Path(__file__).parent, ("ngrams.c",), ("../numerics/round.h",))
     library = ctypes.CDLL(str(path))
     library.halfulp_ngrams.restype = ctypes.c_int64

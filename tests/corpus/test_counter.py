@@ -1,5 +1,6 @@
 """Counting n-grams: against sets of tuples, and both kernels bit by bit."""
 
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from halfulp.corpus.hll import Hll, rel_std
 from halfulp.corpus.keys import BLOCK
 from halfulp.corpus.murmur import hash_keys
 from halfulp.corpus.theta import Theta
-from halfulp.errors import DataError
+from halfulp.errors import DataError, KernelError
 
 ORDERS = (1, 2, 3, 5, 8, 32, 700)
 BUDGET = 1 << 26
@@ -139,6 +140,41 @@ def test_estimates_are_near_the_exact_numbers():
         for n, sketch in counter.sketches.items():
             error = sketch.estimate() / exact.distinct[n] - 1
             assert abs(error) < 4 * rel_std(12)
+
+
+def test_memory_does_not_grow_with_the_corpus(counting_kernel):
+    """Of 11 lengths with samples."""
+    counter = Counter((1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32), lg_capacity=14)
+    tokens = np.random.default_rng(0).integers(0, 30_000, 2 * BLOCK).astype(np.uint16)
+    tracemalloc.start()
+    try:
+        for _ in range(2):
+            counter.update(tokens)
+        after_two = tracemalloc.get_traced_memory()[1]
+        for _ in range(4):
+            counter.update(tokens[::-1])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 1e6 < after_two <= peak < 1.2 * after_two
+    assert peak < 64e6
+
+
+def test_without_a_compiler_numpy_counts_and_the_reason_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("HALFULP_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", "/nonexistent/cc")
+    monkeypatch.delenv("HALFULP_KERNEL", raising=False)
+    native.status.cache_clear()
+    try:
+        library, why = native.status()
+        assert library is None
+        assert "the C kernel cannot be built here" in why
+        monkeypatch.setenv("HALFULP_KERNEL", "c")
+        native.status.cache_clear()
+        with pytest.raises(KernelError, match="HALFULP_KERNEL=c was asked"):
+            Counter((1,))
+    finally:
+        native.status.cache_clear()
 
 
 @pytest.mark.parametrize(
