@@ -56,7 +56,7 @@ class Counter:
         Without `starts` the tokens are one document; with an empty one they go on with the
         document of the call before. Many short documents are best given in one call.
         """
-        for block in self._stream.blocks(tokens, starts):
+        for block in self._stream.blocks(tokens, starts, size=self._near.block):
             counts = block.count(self.orders, apart=self.apart)
             for n, count in zip(self.orders, counts, strict=True):
                 self.occurrences[n] += count

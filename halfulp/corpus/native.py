@@ -33,11 +33,13 @@ class _Job(ctypes.Structure):
 class NativeNear:
     """NumpyNear in C: the same bits."""
 
+    block = 4 * BLOCK  # there is but one work array
+
     def __init__(self, task: Task, library: ctypes.CDLL) -> None:
         self._task = task
         self._library = library
         self._orders = np.asarray(task.orders, np.int64)
-        self._sums = np.empty(BLOCK + MOST + 1, np.uint64)
+        self._sums = np.empty(self.block + MOST + 1, np.uint64)
         self._seen = np.empty(0, np.uint64)
         self._hits = np.empty((2, 0), np.int64)
 
@@ -45,7 +47,7 @@ class NativeNear:
         """Raise the registers; the hits are the n-grams with h2 ≤ cuts [orders] uint64, cut > 0."""
         task = self._task
         if cuts.any() and not self._hits.size:
-            self._hits = np.empty((2, len(task.orders) * BLOCK), np.int64)
+            self._hits = np.empty((2, len(task.orders) * self.block), np.int64)
             self._seen = np.zeros((len(task.orders), _SEEN), np.uint64)
         arrays = (task.registers, cuts, self._sums, self._seen, *self._hits)
         job = _Job(

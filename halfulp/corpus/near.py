@@ -42,6 +42,8 @@ class Task:
 class NumpyNear:
     """Feeds blocks to a task's registers; keeps the work arrays of one block."""
 
+    block = BLOCK  # tokens
+
     def __init__(self, task: Task) -> None:
         self._task = task
         self._work = np.empty((4, BLOCK + MOST), np.uint64)
