@@ -65,7 +65,6 @@ JsonFile = Annotated[
     Path | None,
     typer.Option("--json", "-o", help="Write all figures there: what plan --corpus takes."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print all figures as JSON instead.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the files to be written.")]
 
 

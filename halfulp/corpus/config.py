@@ -11,6 +11,7 @@ DEFAULT_WORDS = (1, 2, 3, 5, 8)
 DEFAULT_TOKENS = (1, 2, 4, 8, 16)
 DEFAULT_KEEP = 500_000
 _LEAST_KEEP = 1000
+_MANY_FILES = 256
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class CountConfig:
     - `tokenizer`: "bytes" or a tokenizer.json, for `tokens` and `windows` of text.
     - `text_key`: the JSONL key or Parquet column of the text. `force_bytes` counts files that are
       no text as well.
+    - `split`: take the pieces of text files for units of growth, instead of documents, as there
+      are few of them.
     - `end_token`: the token between documents, and `vocab`, where token files do not say them.
 
     Raises ConfigError for a value outside its range.
@@ -36,6 +39,7 @@ class CountConfig:
     vocab: int = 0
     keep: int = DEFAULT_KEEP
     force_bytes: bool = False
+    split: bool = False
 
     def __post_init__(self) -> None:
         for name in ("words", "tokens", "windows"):
@@ -66,7 +70,7 @@ class CountConfig:
 
 
 def fitted(config: CountConfig, files: Sequence[SourceFile]) -> CountConfig:
-    """`config` with the usual lengths where it names none.
+    """`config` with the usual lengths where it names none; few text files are split.
 
     Raises ConfigError when it does not go with the kind of the files.
     """
@@ -88,6 +92,8 @@ def fitted(config: CountConfig, files: Sequence[SourceFile]) -> CountConfig:
             f"an end token or a vocabulary is for token files, and {files[0].path} is text. "
             "Leave it out."
         )
+    few = all(file.kind == "text" for file in files) and len(files) < _MANY_FILES
+    config = replace(config, split=config.split or few)
     if config.families():
         return config
     lengths = {"tokens": DEFAULT_TOKENS} if config.tokenizer else {"words": DEFAULT_WORDS}

@@ -68,7 +68,8 @@ class Growth:
     """One definition's sequences in a corpus and how their number grows.
 
     - `occurrences` T, `distinct` U, and its relative standard error `rel_std` (0 when `exact`).
-    - `f` [12]: sequences that occur in exactly 1, 2, … documents (or pieces of long documents).
+    - `f` [12]: sequences that occur in exactly 1, 2, … documents (or pieces, where there are few
+      documents).
     - `slope` = f_1 / U, the local exponent d log U / d log T at the end of the corpus, with the
       standard error of a jackknife over 16 groups of documents.
     - `doubling_factor` = 2^(U / f_1): a corpus so many times as large holds twice as many, were

@@ -12,7 +12,7 @@ from halfulp.corpus.token_pieces import TokenPiece, token_pieces
 from halfulp.data.corpus import SourceFile
 from halfulp.data.documents import Piece, in_pieces, read_documents
 
-FILE_BITS = 40  # of a piece's number: the rest is its place in the file
+FILE_BITS = 40  # of a unit's number: the rest is its file
 _GROUP = {"text": 1 << 18, "tokens": 1 << 16}  # characters, tokens
 _MOST_PIECES = 4096
 _PIECE = 1 << 16  # characters
@@ -21,8 +21,9 @@ _PIECE = 1 << 16  # characters
 class Group(NamedTuple):
     """Consecutive pieces of documents: texts, or arrays of tokens.
 
-    `last` [pieces]: whether a piece ends its document. `numbers` [pieces] uint64 names each piece
-    in the whole corpus: file << FILE_BITS | place in the file.
+    `last` [pieces]: whether a piece ends its document. `numbers` [pieces] uint64 names the unit of
+    each in the whole corpus: file << FILE_BITS | place in the file. A unit is a document, or a
+    piece where documents are split.
     """
 
     pieces: Sequence[Any]
@@ -56,15 +57,21 @@ def groups(
     pieces, numbers, size = [], [], 0
     for index, file in files:
         room = _GROUP["tokens" if file.kind == "tokens" else "text"]
-        for place, piece in enumerate(_pieces(file, config, notes)):
+        place = 0
+        for piece in _pieces(file, config, notes):
             pieces.append(piece)
             numbers.append(index << FILE_BITS | place)
+            place += bool(piece.last or _is_split(file, config, notes))
             size += len(piece[0])
             if size >= room or len(pieces) >= _MOST_PIECES:
                 yield _group(pieces, numbers)
                 pieces, numbers, size = [], [], 0
     if pieces:
         yield _group(pieces, numbers)
+
+
+def _is_split(file: SourceFile, config: CountConfig, notes: Notes) -> bool:
+    return (config.split and file.kind == "text") or str(file.path) in notes.unmarked
 
 
 def _group(pieces: Sequence[Piece | TokenPiece], numbers: Sequence[int]) -> Group:
@@ -94,7 +101,7 @@ def _text(file: SourceFile, config: CountConfig, notes: Notes) -> Iterator[Piece
         if invalid:
             notes.invalid[str(file.path)] = invalid
     texts = text_blocks(file.path)
-    # Only a tokenizer cares where a document is cut; smaller pieces make a finer growth curve.
+    # Only a tokenizer cares where a document is cut.
     yield from in_pieces(texts) if config.tokenizer else _cut_anywhere(texts)
 
 

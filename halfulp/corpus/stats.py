@@ -25,7 +25,8 @@ class Stats:
 
     `text_bytes` is None for token files; `symbols`: how many "words" and "tokens" there are.
     `skipped`: files that are no text, and why; `invalid`: bytes that are not UTF-8, by file;
-    `unmarked`: token files that do not mark documents.
+    `unmarked`: token files that do not mark documents. `split`: growth is that of pieces of 64 KB,
+    as the corpus is a few long documents.
     """
 
     paths: tuple[str, ...]
@@ -37,6 +38,7 @@ class Stats:
     skipped: dict[str, str]
     invalid: dict[str, int]
     unmarked: tuple[str, ...]
+    split: bool
     counts: dict[str, Growth]
 
     @property
@@ -62,6 +64,8 @@ class Stats:
             "--end-token"
             for path in self.unmarked
         ]
+        if self.split and self.documents:
+            found.append("few files: exponents and forecasts are of pieces of 64 KB, not documents")
         if not self.documents:
             found.append("0 documents: there is nothing to count")
         if self.shuffled is False:
@@ -108,6 +112,7 @@ def stats_of(
         dict(sorted(notes.skipped.items())),
         dict(sorted(notes.invalid.items())),
         tuple(sorted(notes.unmarked)),
+        config.split,
         counts,
     )
 

@@ -1,8 +1,8 @@
 """What is counted of one definition, in the order of the units' priorities.
 
-A unit is a document, or a piece of a long one. Its priority is a hash, so that the units of the
-lowest priorities are a random part of the corpus, whatever order its files are in: the growth
-curve needs no shuffling.
+A unit is a document, or a piece of one where there are few. Its priority is a hash, so that the
+units of the lowest priorities are a random part of the corpus, whatever order its files are in: the
+growth curve needs no shuffling.
 """
 
 from dataclasses import dataclass, field, replace
