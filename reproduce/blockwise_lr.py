@@ -21,6 +21,7 @@ from reproduce.courses import Course, Courses
 from reproduce.models import STYLES
 from reproduce.runs import open_pool
 
+KEEPS_RUNS = True
 PAPER = "arXiv:2502.19002"
 STEPS, LONG = 600, 1200
 HALF = STEPS // 2

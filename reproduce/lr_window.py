@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from halfulp.sweep.result import Result as Run
     from halfulp.sweep.table import Table
 
+KEEPS_RUNS = True
 PAPER, PROXIES = "arXiv:2405.18710", "arXiv:2309.14322"
 RATES = tuple(2.0**k for k in range(-12, -3))
 SLOW, FAST = 2.0**-8, 2.0**-5  # about 3e-3 and 3e-2, where the gates were set
@@ -98,10 +99,14 @@ def _window_claim(
 ) -> Result:
     one, other = _widths(table, label), _widths(table, "fp32")
     change = interval([a - b for a, b in zip(one, other, strict=True)])
-    gate = f"at least {-below:g} octave narrower" if above == -math.inf else f"within {below:g}"
+    gate = (
+        f"at least {-below:g} octave narrower than"
+        if above == -math.inf
+        else f"within {below:g} octaves of"
+    )
     rows = [table.row(f"{name}.toml").window for name in (label, "fp32")]
     return Result(
-        f"The window of {label} is {gate} of fp32's",
+        f"The window of {label} is {gate} fp32's",
         PAPER,
         f"{change.text('+.2f')} octaves ({change.n} seeds, each with its own windows); of the mean "
         f"curves: {label} {rows[0]}, fp32 {rows[1]}",

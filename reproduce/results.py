@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from reproduce.common import REFUTED, REPRODUCED, UNKNOWN, Result
-from reproduce.courses import Courses
-from reproduce.isoflop import trained
 
 _INTRODUCTION = (
     "Written by `python -m reproduce`; `python -m reproduce NAME …` measures the named scripts "
@@ -75,8 +73,7 @@ def _origin(section: Section) -> str:
 
 def _keeps_runs(section: Section) -> bool:
     """Whether the script takes training runs from the user's cache where they are there."""
-    keeping = (Courses, trained)
-    return any(value is kept for value in vars(section.script).values() for kept in keeping)
+    return getattr(section.script, "KEEPS_RUNS", False)
 
 
 def _tally(body: str) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from halfulp.plan.bootstrap import Bootstrap
     from halfulp.plan.runs_table import Runs
 
+KEEPS_RUNS = True
 ORDERS = (1, 2, 3, 4, 5, 8, 16)
 DRAWS = 1000
 HELD_OUT_TOKENS = 8192  # of the model whose parameters are zeroed

@@ -27,6 +27,7 @@ from reproduce.common import (
 from reproduce.courses import BYTES, Course, Courses, Measured
 from reproduce.runs import open_pool
 
+KEEPS_RUNS = True
 PAPER = "arXiv:2502.19002"
 FIGURE = f"figures of {PAPER}"
 SEEDS, FEW = (0, 1, 2, 3, 4), (0, 1, 2)
