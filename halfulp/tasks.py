@@ -151,7 +151,7 @@ class _Worker:
 
         self.pipe, theirs = Pipe()
         leash, self._leash = os.pipe()
-        arguments = [sys.path, theirs.fileno(), leash, list(pinned)]
+        arguments = [list(map(str, sys.path)), theirs.fileno(), leash, list(pinned)]
         self._process = subprocess.Popen(
             [sys.executable, "-c", _BEGIN, json.dumps(arguments)],
             stdin=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,22 @@ def test_two_data_sets_of_one_name_are_refused(home, texts, capsys):
     code, _, err = run(capsys, "--data", f"a={texts}", "--data", "a=stdlib")
     assert code == 2
     assert "--data 'a=stdlib' cannot be used: the name 'a' is taken" in err
+
+
+@pytest.mark.parametrize("status", ["died", "refused"])
+def test_it_says_whether_anything_is_left_to_run(home, capsys, monkeypatch, status):
+    def once(function, next_task, **_):
+        for outcome in imagined(function, next_task):
+            result = outcome.value.result
+            if (result.recipe, result.lr, result.seed) == ("te_current", 1e-2, 1):
+                result = replace(result, status=status, message="because")
+            yield Outcome(outcome.task, Trained(result, {}))
+
+    monkeypatch.setattr("halfulp.sweep.run.run_tasks", once)
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert ("8 of 8 runs done (1 lost)" in out) == (status == "died")
+    assert ("go on with: halfulp sweep --resume sweep" in out) == (status == "died")
 
 
 def test_force_does_not_replace_what_is_no_sweep(home, capsys):

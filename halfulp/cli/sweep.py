@@ -201,9 +201,13 @@ def _seconds(option: str, text: str) -> float:
 
 
 def _conclude(table: "Table", path: Path) -> None:
-    missing = len(table.design.cells()) - len(table.results)
-    print(f"{len(table.results)} of {len(table.design.cells())} runs done: {path}")
-    if missing:
+    from halfulp.sweep.order import next_cell
+
+    lost = sum(result.lost for result in table.results)
+    done = {result.id for result in table.results if not result.lost}
+    said = f" ({lost} lost)" if lost else ""
+    print(f"{len(table.results)} of {len(table.design.cells())} runs done{said}: {path}")
+    if next_cell(table.design, table.results, done) is not None:
         print(f"go on with: halfulp sweep --resume {path}")
     print(table.verdict())
     print(f"see: halfulp report {path}")
