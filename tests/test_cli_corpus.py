@@ -97,6 +97,7 @@ def test_growth_prints_forecasts_and_draws(capsys, folder, tmp_path):
     assert code == 0
     assert "× 2 (80 % band)" in out
     assert plot.read_text().count("<svg") == 1
+    assert "mathdefault" not in plot.read_text()
     made = json.loads(out_file.read_text())["forecasts"]["words:2"]
     assert [f["factor"] for f in made] == [2, 8]
     assert made[0]["low"] < made[0]["distinct"] < made[0]["high"] < made[1]["low"]

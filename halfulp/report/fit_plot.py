@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from halfulp.report.svg import INK, MUTED, figure, series_style, standalone
+from halfulp.report.svg import INK, MUTED, figure, plain_decades, series_style, standalone
 
 if TYPE_CHECKING:
     from halfulp.plan.bootstrap import Bootstrap
@@ -39,6 +39,7 @@ def _losses(axes: Any, fit: "Fit", boot: "Bootstrap | None") -> None:
             axes.plot(flops, fit.law.loss(n, flops / (6 * n)), color=color, ls=dash, lw=1.2)
     _frontier(axes, fit, boot)
     axes.set(xscale="log", xlabel="FLOPs, 6 N D", ylabel="held-out loss, nats/token")
+    plain_decades(axes.xaxis)
     axes.legend(fontsize=9, frameon=False)
 
 
@@ -59,3 +60,4 @@ def _residuals(axes: Any, fit: "Fit") -> None:
         color, _ = series_style(i)
         axes.plot(fit.runs.flops[mine], 100 * fit.residuals[mine], "o", ms=4, color=color)
     axes.set(xscale="log", xlabel="FLOPs, 6 N D", ylabel="measured over law, %")
+    plain_decades(axes.xaxis)

@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from halfulp.report.svg import figure, series_style
+from halfulp.report.svg import MUTED, figure, plain_decades, series_style
 
 if TYPE_CHECKING:
     from halfulp.corpus.forecast import Forecast
@@ -27,8 +27,10 @@ def growth_svg(stats: "Stats", ahead: "Mapping[str, Sequence[Forecast]]") -> str
             points = [(t / size, u) for t, u in count.curve if u and t >= _LEAST_SHARE * size]
             axes.plot(*zip(*points, strict=True), color=color, label=count.name)
             _draw_ahead(axes, count.distinct, ahead.get(count.name, ()), color)
-        axes.axvline(1, color="#66707a", lw=1)
+        axes.axvline(1, color=MUTED, lw=1)
         axes.set(xscale="log", yscale="log", xlabel="size, in corpora", ylabel="unique sequences")
+        for axis in (axes.xaxis, axes.yaxis):
+            plain_decades(axis)
         if shown:
             axes.legend(fontsize=9, frameon=False)
         drawn.tight_layout()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from halfulp.report.html import Markup, escape
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Drawn with these colors, shown with the CSS variable, so that the page's theme decides.
@@ -66,6 +67,17 @@ _STYLE: dict[Any, Any] = {
 def series_style(index: int) -> tuple[str, object]:
     """Color and dash of the `index`-th line: colors first, then other dashes, never only color."""
     return SERIES[index % len(SERIES)], DASHES[(index // len(SERIES) + index) % len(DASHES)]
+
+
+def plain_decades(axis: "Axis") -> None:
+    """Plain numbers at the powers of ten of a logarithmic axis: formulas are not drawn here."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    def spell(value: float, _: object) -> str:
+        return f"{value:,.0f}" if 1 <= value < 1e7 else f"{value:g}"
+
+    axis.set_major_formatter(FuncFormatter(spell))
+    axis.set_minor_formatter(NullFormatter())
 
 
 @contextlib.contextmanager
