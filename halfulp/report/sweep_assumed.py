@@ -11,17 +11,17 @@ from halfulp.sweep.inputs import Inputs
 from halfulp.sweep.money import Money
 
 
-def assumed(choice: Choice, shown: Mapping[str, object]) -> list[str]:
+def assumed(choice: Choice) -> list[str]:
     """Sentences: what was given, what stands in with its source and date, what always holds.
 
-    Only the speed-ups of the recipes in `shown` are listed.
+    Of the speed-ups only the subject's is named.
     """
     bills = choice.judged.bills
     if bills is None:
         return []
     given = _given(choice, bills.inputs)
     texts = [choice.say("given", items=", ".join(given))] if given else []
-    found = [_standing(choice, bills, default, shown) for default in bills.defaults]
+    found = [_standing(choice, bills, default) for default in bills.defaults]
     standing = "; ".join(dict.fromkeys(text for text in found if text))
     texts += [choice.say("standing", items=standing)] if standing else []
     return [*texts, choice.say("assumed_model")]
@@ -29,12 +29,12 @@ def assumed(choice: Choice, shown: Mapping[str, object]) -> list[str]:
 
 def _given(choice: Choice, inputs: Inputs) -> list[str]:
     speed = inputs.speedup
-    pairs = speed.items() if isinstance(speed, Mapping) else [("", speed)] if speed else []
-    speeds = ", ".join(f"{name} {_ends(value)}".strip() for name, value in pairs)
+    if isinstance(speed, Mapping):
+        speed = speed.get(choice.subject)
     found = [
         ("given_price", {"price": _ends(inputs.price_usd)} if inputs.price_usd else None),
         ("given_hours", {"hours": amount(inputs.gpu_hours)} if inputs.gpu_hours else None),
-        ("given_speed", {"speed": speeds} if speeds else None),
+        ("given_speed", {"speed": _ends(speed)} if speed else None),
         ("given_tokens", {"tokens": choice.large(inputs.tokens)} if inputs.tokens else None),
     ]
     said = [choice.say(key, **fields) for key, fields in found if fields]
@@ -45,7 +45,7 @@ def _ends(value: float | tuple[float, float] | None) -> str:
     return " – ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value:g}"
 
 
-def _standing(choice: Choice, bills: Money, default: Default, shown: Mapping[str, object]) -> str:
+def _standing(choice: Choice, bills: Money, default: Default) -> str:
     """A figure that nobody gave, in words; "" for a speed-up that the page does not use."""
     inputs, name = bills.inputs, default.name
     if name == "price" and inputs.gpu and inputs.price:
@@ -55,7 +55,7 @@ def _standing(choice: Choice, bills: Money, default: Default, shown: Mapping[str
     if name.startswith("speed-up of "):
         recipe = name.removeprefix("speed-up of ")
         speed, _ = inputs.speed_of(recipe, bills.reference)
-        if recipe not in shown or speed is None:
+        if recipe != choice.subject or speed is None:
             return ""
         ends = {key: figure_of(getattr(speed, key)) for key in ("value", "low", "high")}
         return _sourced(choice, default, choice.say("assumed_speed", recipe=recipe, **ends))

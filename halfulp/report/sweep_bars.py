@@ -229,7 +229,7 @@ def _bar(axes: "Axes", y: int, cost: Cost, limit: float) -> None:
         axes.plot([low], [y], "|", color=INK, ms=9, mew=1.6)
         axes.plot([high], [y], ">" if ratio.high > limit else "|", color=INK, ms=9, mew=1.6)
     axes.annotate(
-        times(ratio), xy=(1, y), xycoords=("axes fraction", "data"), xytext=(8, 0),
+        times(ratio), xy=(1, y), xycoords=("axes fraction", "data"), xytext=(12, 0),
         textcoords="offset points", va="center", fontsize=12, annotation_clip=False,
     )  # fmt: skip
 

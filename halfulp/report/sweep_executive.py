@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 from halfulp.errors import ConfigError
 from halfulp.report import words
@@ -14,7 +13,7 @@ from halfulp.report.sweep_bars import PARTS, bill_figure, figure_of, times
 from halfulp.report.sweep_choice import Choice, percent, runs_to_show
 from halfulp.report.sweep_page import Judged
 from halfulp.report.sweep_plan import plan
-from halfulp.report.sweep_tables import amount
+from halfulp.report.sweep_tables import amount, in_nats
 from halfulp.report.sweep_words import LANGUAGES
 from halfulp.report.tables import mark
 from halfulp.sweep.cost import tokens_needed
@@ -25,7 +24,7 @@ from halfulp.sweep.window import Window
 MOST_ROWS, MOST_BARS = 5, 4  # precisions in the table and the chart, the reference among them
 _CHART, _BAR = 700, 22  # CSS pixels: the width of the printed page, the height of a bar
 _STYLE = """
-@page { size: A4; margin: 10mm 12mm; }
+@page { size: A4; margin: 9mm 12mm; }
 :root {
   color-scheme: light;
   --page: #ffffff; --card: #ffffff; --ink: #1c2126; --muted: #56606a; --line: #d5dade;
@@ -49,6 +48,7 @@ table { font-size: 10px; } th, td { padding: 1.5px 5px; } thead th { font-size: 
 .scroll { overflow: visible; }
 th, td { max-width: none; }
 .plan th[scope=row] { white-space: nowrap; }
+.plan td:nth-child(2) { width: 28%; } .plan td:nth-child(3) { width: 32%; }
 .plot { min-width: 0 !important; }
 ul { margin: 0; padding-left: 1.3em; }
 .key { margin-right: 12px; white-space: nowrap; }
@@ -177,18 +177,14 @@ def _numbers(choice: Choice) -> Markup | None:
 
 def _loss(choice: Choice) -> tuple[str, str, str]:
     row = choice.worst(choice.subject)
-    gap = row.gap if row else None
-    value = choice.say("unknown") if gap is None else words.nats(gap.value, signed=True)
-    ends, bar = _ends(choice, gap), f"{choice.judged.bar_nats:g}"
+    gap, bar = row.gap if row else None, f"{choice.judged.bar_nats:g}"
     what = choice.say("loss", reference=choice.reference)
+    if gap is None:
+        return choice.say("unknown"), what, choice.say("no_interval")
+    value, low, high = in_nats(gap, signed=True)
+    known = math.isfinite(gap.high - gap.low)
+    ends = choice.say("interval", low=low, high=high) if known else choice.say("no_interval")
     return value, what, choice.say("loss_note", ends=ends, bar=bar)
-
-
-def _ends(choice: Choice, interval: Any) -> str:
-    if interval is None or not math.isfinite(interval.high - interval.low):
-        return choice.say("no_interval")
-    low, high = (words.nats(end, signed=True) for end in (interval.low, interval.high))
-    return choice.say("interval", low=low, high=high)
 
 
 def _failed(choice: Choice) -> tuple[str, str, str]:
@@ -235,7 +231,7 @@ def _row(choice: Choice, recipe: str, status: str) -> list[Child]:
     if own.refused:
         return [recipe, join(said, tag("small", choice.say("refused"))), *["–"] * 5]
     gap = row.gap if row else None
-    loss = "–" if gap is None else f"{words.nats(gap.value, signed=True)} {_bracket(gap)}"
+    loss = "–" if gap is None else "{} [{}, {}]".format(*in_nats(gap, signed=True))
     failed = f"{own.failures.failed:g} / {own.failures.runs:g}" if own.failures.runs else "–"
     cells: list[Child] = [recipe, said, loss, failed, _octaves(choice, own.window)]
     if cost is None or cost.ratio is None or not status:
@@ -250,12 +246,6 @@ def _octaves(choice: Choice, found: Window | None) -> str:
     return f"{'≥ ' if found.open_ended else ''}{found.octaves:.1f}"
 
 
-def _bracket(interval: Any) -> str:
-    if not math.isfinite(interval.high - interval.low):
-        return ""
-    return f"[{words.nats(interval.low, signed=True)}, {words.nats(interval.high, signed=True)}]"
-
-
 def _even(cost: Cost) -> str:
     return "–" if cost.break_even is None else times(cost.break_even)
 
@@ -268,7 +258,7 @@ def _bill(choice: Choice) -> Markup | None:
     costs = sorted(bills.costs, key=lambda c: order.index(c.recipe) if c.recipe in order else 9)
     finite = [c for c in costs if c.ratio is not None and math.isfinite(c.ratio.value)]
     drawing = bill_figure(finite[:MOST_BARS], "", width=_CHART, row=_BAR)
-    if drawing is None:
+    if drawing is None or len(finite) < 2:
         return None
     keys = [
         tag("span", tag("i", "", style=f"background:{color}"), name, class_="key")
@@ -314,7 +304,7 @@ def _horizon(choice: Choice) -> str:
 
 
 def _assumed(choice: Choice) -> Markup | None:
-    texts = assumed(choice, {choice.subject: None} if choice.subject else {})
+    texts = assumed(choice)
     if not texts:
         return None
     return join(tag("h2", choice.say("assumed")), tag("p", " ".join(texts), class_="assumed"))

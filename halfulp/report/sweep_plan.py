@@ -6,8 +6,9 @@ from halfulp.report import words
 from halfulp.report.counters import COUNTERS
 from halfulp.report.html import Child, Markup, table, tag
 from halfulp.report.sweep_bars import figure_of
-from halfulp.report.sweep_choice import Choice, percent, runs_to_show
+from halfulp.report.sweep_choice import SHOWN, Choice, percent, runs_to_show
 from halfulp.report.sweep_plots import rate
+from halfulp.sweep.cost import expected_runs
 from halfulp.sweep.defaults import ABANDONED
 from halfulp.train.config import GuardSection
 
@@ -26,6 +27,8 @@ def plan(choice: Choice) -> Markup:
     keys = [[f"{part}_{stage}" for part in parts] for stage in STAGES]
     if fields["allowed"] == "0":
         keys[0][2] = "gate_1_none"
+    if "+" in choice.subject:
+        keys[2][1] = "do_3_staged"
     if choice.judged.bills is None or choice.judged.bills.inputs.tokens is None:
         keys[3][1] = "do_4_same"
     rows: list[list[Child]] = [[choice.say(key, **fields) for key in line] for line in keys]
@@ -90,11 +93,14 @@ def _spread(choice: Choice) -> str:
 
 
 def _speed(choice: Choice) -> str:
-    cost = choice.cost(choice.subject)
-    even = cost.break_even if cost else None
-    if even is None or not math.isfinite(even.high):
+    """The speed-up at which it pays with the success that the pilot has shown."""
+    own, base = choice.cost(choice.subject), choice.cost(choice.reference)
+    abandoned = choice.evidence(choice.subject).abandoned_fraction or ABANDONED
+    even = expected_runs(SHOWN, abandoned_fraction=abandoned)
+    if own is None or base is None or own.search is None or base.search is None:
         return choice.say("gate_3_speed", reference=choice.reference)
-    return choice.say("gate_3_even", even=figure_of(even.high))
+    even += max(0.0, own.search.value - base.search.value)
+    return choice.say("gate_3_even", even=figure_of(even))
 
 
 def _most(choice: Choice) -> str:

@@ -10,6 +10,7 @@ from halfulp.report.sweep_bars import figure_of, times
 from halfulp.report.sweep_plots import SIGNS, rate
 from halfulp.report.tables import mark
 from halfulp.sweep.failures import Failures
+from halfulp.sweep.interval import Interval
 from halfulp.sweep.money import Cost, Money
 from halfulp.sweep.ranges import Range
 from halfulp.sweep.row import Point, Row
@@ -66,19 +67,26 @@ def _runs(row: Row) -> Child:
     return join(f"{row.done} of {row.planned}", *(tag("small", what) for what in absent))
 
 
-def spread(interval: Any, *, signed: bool = False) -> Child:
+def spread(interval: Interval | None, *, signed: bool = False) -> Child:
     """A value in nats, its 95 % interval and how many seeds are behind it; "–" for None."""
     if interval is None:
         return "–"
-    ends = ", ".join(_end(end, signed) for end in (interval.low, interval.high))
-    value = words.nats(interval.value, signed=signed)
-    return join(value, tag("small", f"[{ends}]"), tag("small", f"n = {interval.n}"))
+    value, low, high = in_nats(interval, signed=signed)
+    return join(value, tag("small", f"[{low}, {high}]"), tag("small", f"n = {interval.n}"))
 
 
-def _end(value: float, signed: bool) -> str:
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return words.nats(value, signed=signed)
+def in_nats(interval: Interval, *, signed: bool = False) -> tuple[str, str, str]:
+    """Value, low and high end with the same number of decimals; "∞" for inf."""
+    figures = (interval.value, interval.low, interval.high)
+    digits = 3 if max((abs(x) for x in figures if math.isfinite(x)), default=1) >= 0.0005 else 5
+    value, low, high = (_fixed(x, digits, signed) for x in figures)
+    return value, low, high
+
+
+def _fixed(value: float, digits: int, signed: bool) -> str:
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    return (f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}").replace("-", "−")
 
 
 def window(row: Row) -> Child:

@@ -9,9 +9,8 @@ _ENGLISH = {
     "adopt": "Introduce {recipe} in stages, in place of {reference}.",
     "wait": "Could not tell yet: stay with {reference}, and let a pilot of {recipe} decide.",
     "stay": "Stay with {reference}: no lower precision came through.",
-    "evidence": "Evidence: {done} of {cells} training runs, {recipes} precisions × {rates} "
-    "learning rates × {seeds} seeds{data}; a model of {parameters} parameters, {tokens} "
-    "tokens per run.",
+    "evidence": "Evidence: {done} of {cells} runs, {recipes} precisions × {rates} learning "
+    "rates × {seeds} seeds{data}; {parameters} parameters, {tokens} tokens per run.",
     "data": " × {n} data sets",
     "pass": "pass",
     "fail": "fail",
@@ -46,8 +45,7 @@ _ENGLISH = {
     "certain": "no interval",
     "no_interval": "its interval is not known",
     "verdicts": "What was found",
-    "columns": "precision|verdict|loss above reference|failed|safe rates, octaves|total "
-    "cost|pays above",
+    "columns": "precision|verdict|loss above reference|failed|octaves|total cost|pays above",
     "octaves": "{octaves} octaves",
     "tiny": "under {share}",
     "at_least": "at least {octaves}",
@@ -70,10 +68,9 @@ _ENGLISH = {
     "succeed.",
     "risk_short": "The runs of the sweep are short and the model is small: what fails later, "
     "or only in a large model, was not seen. A sweep can refute a precision, not certify it.",
-    "risk_window": "Safe learning rates: {octaves} for {recipe}, {other} for {reference} (one "
-    "octave is a factor of two). The narrower, the dearer a wrong setting.",
-    "risk_lost": "{lost} runs were lost and {missing} are not done; lost ones are counted as "
-    "they hurt most.",
+    "risk_window": "Safe learning rates: {octaves} for {recipe}, {other} for {reference}; an "
+    "octave is a factor of two.",
+    "risk_lost": "Lost runs: {lost}; not done: {missing}. Lost ones are counted as they hurt most.",
     "plan": "Introduction in stages",
     "plan_columns": "stage|what is done|go on only if|otherwise",
     "plan_none": "There is nothing to introduce. Look again when a precision meets the bar of "
@@ -96,12 +93,15 @@ _ENGLISH = {
     "stage_3": "3 One real run",
     "do_3": "First {share} of the steps in {reference}, then {recipe}, under the guard, which "
     "keeps a snapshot every {every} steps.",
+    "do_3_staged": "{recipe} from its first stage on, under the guard, which keeps a snapshot "
+    "every {every} steps.",
     "gate_3": "Loss at most {bar} nats above stage 1 at equal tokens; at most {raised} of the "
     "blocks raised to 16 bits, at most {wasted} of the steps thrown away; {speed}.",
-    "gate_3_even": "the measured step is at least {even} times as fast",
+    "gate_3_even": "the measured step is at least {even} times as fast, where it pays at 90 % "
+    "success",
     "gate_3_speed": "the measured step is faster than with {reference}",
-    "back_3": "The guard goes back to a snapshot and raises the precision of the blocks at "
-    "fault; beyond these limits it puts the whole model in BF16 or stops the run.",
+    "back_3": "The guard goes back to a snapshot and raises the blocks at fault; beyond these "
+    "limits it puts all in BF16, or stops.",
     "stage_4": "4 Standard",
     "do_4": "{recipe} for all runs of this kind, up to {most} tokens; longer ones pass stage "
     "3 again.",
@@ -170,8 +170,7 @@ _JAPANESE = {
     "certain": "区間なし",
     "no_interval": "区間は不明",
     "verdicts": "評価結果",
-    "columns": "精度方式|判定|基準に対する損失増|失敗|学習率の幅（オクターブ）|総費用|分岐の高"
-    "速化率",
+    "columns": "精度方式|判定|基準に対する損失増|失敗|学習率の幅|総費用|分岐の高速化率",
     "octaves": "{octaves} オクターブ",
     "tiny": "{share} 未満",
     "at_least": "{octaves} 以上",
@@ -192,7 +191,7 @@ _JAPANESE = {
     "risk_short": "実験は短く、モデルも小さい。学習の後半や大規模モデルだけで起こる失敗は観測"
     "していない。小規模実験は方式を否定できるが、保証はできない。",
     "risk_window": "安全な学習率の幅：{recipe} は {octaves}、{reference} は {other}（1 オクタ"
-    "ーブ = 2 倍）。狭いほど設定を誤ったときの損失が大きい。",
+    "ーブ = 2 倍）。",
     "risk_lost": "結果不明の実験が {lost} 件、未実施が {missing} 件。結果不明の分は最も不利な"
     "側で数えた。",
     "plan": "段階的な導入計画",
@@ -215,9 +214,11 @@ _JAPANESE = {
     "stage_3": "3 本番 1 件",
     "do_3": "最初の {share} のステップは {reference}、以降は {recipe}。監視機能（ガード）を有"
     "効にし、{every} ステップごとにスナップショットを取る。",
+    "do_3_staged": "{recipe} を最初の段階から適用する。監視機能（ガード）を有効にし、{every} "
+    "ステップごとにスナップショットを取る。",
     "gate_3": "同じトークン数で損失が段階 1 より {bar} nats 以内。16 ビット以上に引き上げたブ"
     "ロックが {raised} 以下、破棄したステップが {wasted} 以下。{speed}。",
-    "gate_3_even": "実測の学習ステップが {even} 倍以上速い",
+    "gate_3_even": "実測の学習ステップが {even} 倍以上速い（成功率 90 % での損益分岐）",
     "gate_3_speed": "実測のステップ時間が {reference} より短い",
     "back_3": "ガードがスナップショットまで戻し、原因のブロックの精度を上げる。上限を超えた場"
     "合はモデル全体を BF16 に切り替えるか、学習を止める。",

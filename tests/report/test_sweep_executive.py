@@ -1,7 +1,9 @@
+import math
 import re
 import string
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import browser
@@ -17,7 +19,7 @@ from halfulp.sweep.cost import expected_runs
 from halfulp.sweep.inputs import Inputs
 
 GIVEN = Inputs(gpu="H200", price_usd=3.5, gpu_hours=12_000, speedup=1.35, tokens=2e12)
-LISTED = Inputs(gpu="H200", gpu_hours=12_000)
+LISTED = Inputs(gpu="H200", gpu_hours=1_200_000, tokens=15e12)
 
 
 def choice(tmp_path, recipes, *, seeds=3, inputs: Inputs | None = GIVEN, language="en") -> Choice:
@@ -90,7 +92,9 @@ def test_without_money_nothing_is_said_about_it(tmp_path):
 def test_figures_that_nobody_gave_have_a_source_and_a_date(tmp_path):
     found = choice(tmp_path, ["bf16_amp", "te_current"], inputs=LISTED)
     text = plain(render_executive(found.judged))
-    assert "Given: GPU NVIDIA H200 141 GB SXM, 12,000 GPU-hours per run." in text
+    assert (
+        "Given: GPU NVIDIA H200 141 GB SXM, 1,200,000 GPU-hours per run, 15 trillion tokens" in text
+    )
     assert re.search(
         r"price 2\.50 to 7\.00 dollars per hour of NVIDIA H200.*\(.*, 20\d\d-\d\d\)", text
     )
@@ -134,11 +138,23 @@ def test_no_number_of_runs_shows_what_always_fails():
     assert runs_to_show(990, 900) is None
 
 
+def test_a_staged_recipe_brings_its_own_stages(tmp_path):
+    found = choice(tmp_path, ["bf16_amp", "bf16_amp:0.2+te_current"])
+    text = plain(render_executive(found.judged))
+    assert "bf16_amp:0.2+te_current from its first stage on" in text
+    assert "First 10 %" not in text
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("inputs", [GIVEN, LISTED], ids=["given", "listed"])
 def test_it_prints_on_one_sheet(tmp_path, language, inputs):
-    found = choice(tmp_path, [*sweeps.CURVES, "nvfp4"], inputs=inputs)
-    page = write_executive(found.judged, tmp_path / "page.html", language=language)
+    """Also with more recipes than it shows, long names, all published sources, and lost runs."""
+    names = ["bf16_amp", "bf16_amp:0.2+te_current", "te_current", "mxfp8", "te_blockwise", "nvfp4"]
+    made = sweeps.design([*names, "fp8_unscaled"])
+    died = {"status": "died", "message": "killed", "loss_nats": math.nan}
+    found = [replace(r, **died) if r.seed == 1 else r for r in sweeps.results(made)][:-4]
+    judged = judge(sweeps.write(tmp_path / "sweep", made, found), inputs=inputs)
+    page = write_executive(judged, tmp_path / "page.html", language=language)
     assert _pages(page) == 1
 
 
