@@ -199,6 +199,8 @@ def _failed(choice: Choice) -> tuple[str, str, str]:
 
 def _cost(choice: Choice) -> tuple[str, str, str]:
     cost, what = choice.cost(choice.subject), choice.say("cost", reference=choice.reference)
+    if choice.judged.bills is None:
+        return choice.say("unasked"), what, choice.say("unasked_note")
     if cost is None or cost.ratio is None or cost.speedup is None:
         return choice.say("unknown"), what, choice.say("cost_unknown")
     ratio = cost.ratio

@@ -38,11 +38,11 @@ _ENGLISH = {
     "failed_note": "so at most {upper} fail; {reference}: {other}",
     "cost": "total cost, {reference} = 1",
     "cost_note": "{ends}, at {speed} times the speed",
-    "cost_unknown": "not told: see the text",
+    "cost_unknown": "the text above says why",
+    "unasked": "not asked",
+    "unasked_note": "no price, hours or speed-up was given",
     "unknown": "could not tell",
-    "no_subject": "no recipe to introduce",
     "interval": "95 % between {low} and {high}",
-    "certain": "no interval",
     "no_interval": "its interval is not known",
     "verdicts": "What was found",
     "columns": "precision|verdict|loss above reference|failed|octaves|total cost|pays above",
@@ -137,8 +137,8 @@ _JAPANESE = {
     "wait": "現時点では判定できない。{reference} を維持し、{recipe} の小規模試行で判断する。",
     "stay": "{reference} を維持する。要件を満たす低精度方式はなかった。",
     "evidence": "根拠：学習実験 {cells} 件中 {done} 件（精度方式 {recipes} 種 × 学習率 {rates}"
-    " 点 × シード {seeds} 個{data}）。モデルは {parameters} パラメータ、1 件あたり {tokens} ト"
-    "ークン。",
+    " 点 × シード {seeds} 個{data}）。モデルは {parameters} パラメータ、1 件あたり {tokens} "
+    "トークン。",
     "data": " × データ {n} 種",
     "pass": "合格",
     "fail": "不合格",
@@ -163,14 +163,14 @@ _JAPANESE = {
     "failed_note": "失敗率は最大 {upper}。{reference} は {other}",
     "cost": "総費用（{reference} = 1）",
     "cost_note": "{ends}、速度 {speed} 倍の場合",
-    "cost_unknown": "本文を参照",
+    "cost_unknown": "理由は上の本文を参照",
+    "unasked": "対象外",
+    "unasked_note": "単価・GPU 時間・高速化率の指定なし",
     "unknown": "判定できず",
-    "no_subject": "導入候補なし",
     "interval": "95 % 区間 {low} 〜 {high}",
-    "certain": "区間なし",
     "no_interval": "区間は不明",
     "verdicts": "評価結果",
-    "columns": "精度方式|判定|基準に対する損失増|失敗|学習率の幅|総費用|分岐の高速化率",
+    "columns": "精度方式|判定|基準に対する損失増|失敗|学習率の幅|総費用|採算分岐点",
     "octaves": "{octaves} オクターブ",
     "tiny": "{share} 未満",
     "at_least": "{octaves} 以上",
@@ -183,15 +183,15 @@ _JAPANESE = {
     "risk": "リスク",
     "risk_failures": "{recipe} は最良の学習率で {runs} 件中 {failed} 件失敗。失敗率は信頼度 "
     "95 % で最大 {upper}。成功率 90 % を示すには、追加の失敗なしに {needed} 件が必要。",
-    "risk_failures_shown": "{recipe} は最良の学習率で {runs} 件中 {failed} 件失敗。失敗率は信"
-    "頼度 95 % で最大 {upper}。",
+    "risk_failures_shown": "{recipe} は最良の学習率で {runs} 件中 {failed} 件失敗。失敗率は"
+    "信頼度 95 % で最大 {upper}。",
     "risk_failures_none": "{recipe} は結果の判明した実験がまだなく、失敗のリスクは不明。",
-    "risk_horizon": "実験 1 件のトークン数は、対象とする学習の {share}。その先で起こる失敗は観"
-    "測していない。成功率 90 % を示すには、失敗なしに {needed} トークンが必要。",
+    "risk_horizon": "実験 1 件のトークン数は、対象とする学習の {share}。その先で起こる失敗は"
+    "観測していない。成功率 90 % を示すには、失敗なしに {needed} トークンが必要。",
     "risk_short": "実験は短く、モデルも小さい。学習の後半や大規模モデルだけで起こる失敗は観測"
     "していない。小規模実験は方式を否定できるが、保証はできない。",
-    "risk_window": "安全な学習率の幅：{recipe} は {octaves}、{reference} は {other}（1 オクタ"
-    "ーブ = 2 倍）。",
+    "risk_window": "安全な学習率の幅：{recipe} は {octaves}、{reference} は {other}（1 "
+    "オクターブ = 2 倍）。",
     "risk_lost": "結果不明の実験が {lost} 件、未実施が {missing} 件。結果不明の分は最も不利な"
     "側で数えた。",
     "plan": "段階的な導入計画",
@@ -209,19 +209,19 @@ _JAPANESE = {
     "do_2": "{recipe} を同じシード・同じデータ順で、学習率 {low} 〜 {high}、短い学習を最大 "
     "{needed} 件。",
     "gate_2": "損失差の 95 % 区間全体が {bar} nats 未満。{needed} 件で失敗なし（成功率 90 % を"
-    "示す）。飽和は {saturation} 以下、更新の消失は {lost} 以下。",
+    "示す）。数値の飽和は {saturation} 以下、重み更新の消失は {lost} 以下。",
     "back_2": "中止し {reference} を維持する。失うのは試行の費用のみ。",
     "stage_3": "3 本番 1 件",
-    "do_3": "最初の {share} のステップは {reference}、以降は {recipe}。監視機能（ガード）を有"
-    "効にし、{every} ステップごとにスナップショットを取る。",
+    "do_3": "最初の {share} のステップは {reference}、以降は {recipe}。監視機能（ガード）を"
+    "有効にし、{every} ステップごとにスナップショットを取る。",
     "do_3_staged": "{recipe} を最初の段階から適用する。監視機能（ガード）を有効にし、{every} "
     "ステップごとにスナップショットを取る。",
-    "gate_3": "同じトークン数で損失が段階 1 より {bar} nats 以内。16 ビット以上に引き上げたブ"
-    "ロックが {raised} 以下、破棄したステップが {wasted} 以下。{speed}。",
+    "gate_3": "同じトークン数での損失が段階 1 を {bar} nats 以上上回らない。16 ビット以上に引"
+    "き上げたブロックが {raised} 以下、破棄したステップが {wasted} 以下。{speed}。",
     "gate_3_even": "実測の学習ステップが {even} 倍以上速い（成功率 90 % での損益分岐）",
     "gate_3_speed": "実測のステップ時間が {reference} より短い",
-    "back_3": "ガードがスナップショットまで戻し、原因のブロックの精度を上げる。上限を超えた場"
-    "合はモデル全体を BF16 に切り替えるか、学習を止める。",
+    "back_3": "ガードがスナップショットまで戻し、原因のブロックの精度を上げる。上限を超えた"
+    "場合はモデル全体を BF16 に切り替えるか、学習を止める。",
     "stage_4": "4 標準化",
     "do_4": "同種の学習（最大 {most} トークン）に {recipe} を適用する。より長い学習は段階 3 か"
     "らやり直す。",
@@ -244,8 +244,8 @@ _JAPANESE = {
     "assumed_proxy": "学習率探索の 1 件は本番 1 回の {value}（仮定）",
     "assumed_seeds": "探索のシードは 1 個（仮定）",
     "assumed_abandoned": "失敗する学習は半分で打ち切る（失敗例がない方式についての仮定）",
-    "assumed_model": "各回の成否は独立で、確率はこの実験と同じ。失敗した場合は最初からやり直す"
-    "。実験のステップ時間はシミュレーションによるもので、用いていない。",
+    "assumed_model": "各回の成否は独立で、確率はこの実験と同じ。失敗した場合は最初からやり直"
+    "す。実験のステップ時間はシミュレーションによるもので、用いていない。",
     "source": "{text}（出典：{source}{date}）",
     "made": "halfulp が {command} から作成。区間はすべて 95 %。",
 }

@@ -11,9 +11,11 @@ import pytest
 import sweeps
 
 from halfulp.errors import ConfigError
+from halfulp.report import sweep_words
 from halfulp.report.sweep_choice import Choice, runs_to_show
 from halfulp.report.sweep_executive import render_executive, write_executive
 from halfulp.report.sweep_page import judge
+from halfulp.report.sweep_plan import STAGES
 from halfulp.report.sweep_words import LANGUAGES, TEXTS
 from halfulp.sweep.cost import expected_runs
 from halfulp.sweep.inputs import Inputs
@@ -169,3 +171,14 @@ def _pages(page: Path) -> int:
     content = pdf.read_bytes()
     assert re.search(rb"/MediaBox \[0 0 59\d\.\d+ 84\d\.\d+\]", content), "not A4"
     return len(re.findall(rb"/Type /Page\b(?!s)", content))
+
+
+def test_every_text_is_used():
+    folder = Path(sweep_words.__file__).parent
+    sources = [p.read_text() for p in folder.glob("sweep_*.py") if p.stem != "sweep_words"]
+    made = {f"{part}_{stage}" for part in ("stage", "do", "gate", "back") for stage in STAGES}
+    made |= {"pass", "fail", "could not tell"}  # the verdicts themselves
+    unused = [
+        key for key in TEXTS["en"] if key not in made and not any(f'"{key}"' in s for s in sources)
+    ]
+    assert not unused
