@@ -21,6 +21,7 @@ from halfulp.sweep.verdict import Verdict
 
 STYLE = """
 ul.plain { margin: 0; padding-left: 1.2em; }
+h3, .lead, .plain, code { overflow-wrap: anywhere; } .flush h3 { padding: 10px 14px 0; }
 .changes { display: block; color: var(--muted); font-size: 13.5px; margin-top: 2px; }
 .key { margin-right: 14px; white-space: nowrap; }
 .key i { display: inline-block; width: 10px; height: 10px; margin-right: 5px; }

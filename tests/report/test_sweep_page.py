@@ -5,10 +5,11 @@ from dataclasses import replace
 import browser
 import pytest
 import sweeps
-from test_page import Page
+from test_page import HOSTILE, Page
 
 from halfulp.errors import ConfigError, RunError
 from halfulp.report.sweep_bars import bill_figure, figure_of, parts, times
+from halfulp.report.sweep_executive import write_executive
 from halfulp.report.sweep_page import headline, judge, render_sweep, write_sweep
 from halfulp.report.sweep_plots import rate, rate_figure
 from halfulp.report.sweep_tables import amount, failures
@@ -141,6 +142,19 @@ def test_two_data_sets_have_a_figure_and_a_row_each(tmp_path):
     assert text.count('aria-labelledby="rates-') == 2
     assert text.count("te_current<small>a</small>") == 1
     assert text.count("te_current<small>b</small>") == 1
+
+
+def test_text_from_outside_stays_text(tmp_path):
+    data = HOSTILE + "x" * 300
+    made = sweeps.design(["bf16_amp", "te_current"], data={data: ["text"]}, seeds=2)
+    broken = {"status": "nonfinite", "message": HOSTILE, "loss_nats": math.nan}
+    found = [replace(r, **broken) for r in sweeps.results(made)]
+    judged = judge(sweeps.write(tmp_path / "hostile", made, found), inputs=GIVEN)
+    page = Page(write_sweep(judged, tmp_path / "s.html", title=HOSTILE))
+    decision = Page(write_executive(judged, tmp_path / "e.html", title=HOSTILE, command=HOSTILE))
+    for made_page in (page, decision):
+        assert not made_page.tags.keys() & {"script", "img", "iframe"}
+    assert "alert(1)" in page.text
 
 
 def test_a_window_at_the_edge_of_the_grid_is_a_lower_bound(tmp_path):
