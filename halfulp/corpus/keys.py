@@ -28,24 +28,19 @@ class Block:
 
     `tokens` [context + fresh], unsigned. `starts` [documents]: positions in `tokens` where
     documents begin, ascending; the first is at or before 0 where its document began earlier.
-    `document` is the number of the document of starts[0] in the stream.
     """
 
     tokens: np.ndarray
     context: int
     starts: np.ndarray
-    document: int
-
-    def owner(self, ends: np.ndarray) -> np.ndarray:
-        """Index in `starts` of the document of each position."""
-        return np.searchsorted(self.starts, ends, side="right") - 1
 
     def inside(self, ends: np.ndarray, n: int | np.ndarray, *, apart: bool = False) -> np.ndarray:
         """Which n-grams that end at `ends` lie in one document (mask).
 
         `apart`: and begin at a multiple of n in it.
         """
-        length = ends - self.starts[self.owner(ends)] + 1
+        document = np.searchsorted(self.starts, ends, side="right") - 1
+        length = ends - self.starts[document] + 1
         return (length >= n) & (length % n == 0) if apart else length >= n
 
     def count(self, orders: Sequence[int], *, apart: bool = False) -> list[int]:
@@ -111,14 +106,10 @@ class Stream:
         dtype = np.promote_types(self._context.dtype, fresh.dtype)
         tokens = np.concatenate((self._context, fresh), dtype=dtype)
         context = len(self._context)
-        document = self.documents - 1
+        earlier = np.full(min(self.documents, 1), -self._begun, np.int64)
         self.documents += len(starts)
         self.tokens += len(fresh)
-        if len(starts) and starts[0] == 0 and document < 0:
-            block = Block(tokens, context, starts + context, 0)
-        else:
-            begun = np.concatenate(([-self._begun], starts)) + context
-            block = Block(tokens, context, begun, document)
+        block = Block(tokens, context, np.concatenate((earlier, starts)) + context)
         self._begun = len(tokens) - int(block.starts[-1])
         self._context = tokens[max(0, len(tokens) - self._room) :].copy()
         return block
@@ -132,7 +123,7 @@ def prefix(block: Block, work: np.ndarray | None = None, factor: int = 1) -> np.
     mixed, scratch = work[:, 1:]
     np.add(block.tokens, np.uint64(OFFSET), out=mixed, dtype=np.uint64)
     murmur.fmix(mixed, scratch)
-    room = max(BLOCK + MOST, 1 << max(size - 1, 0).bit_length())  # few lengths: few tables
+    room = _room(size)
     np.multiply(mixed, powers(pow(BASE, -1, 1 << 64), room)[:size], out=mixed)
     np.cumsum(mixed, out=mixed)
     np.multiply(mixed, powers(BASE, room, factor)[:size], out=mixed)
@@ -160,10 +151,9 @@ def span_keys(symbols: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.n
 
     Needs 32 bytes of memory per symbol: give stretches, and join the keys of a cut span.
     """
-    block = Block(unsigned(symbols), 0, np.zeros(1, np.int64), 0)
+    block = Block(unsigned(symbols), 0, np.zeros(1, np.int64))
     sums = prefix(block)
-    longest = int((ends - starts).max(initial=0))
-    return sums[ends] - sums[starts] * powers(BASE, 1 << longest.bit_length())[ends - starts]
+    return sums[ends] - sums[starts] * powers(BASE, _room(len(symbols)))[ends - starts]
 
 
 def join(left: int, right: int, right_length: int) -> int:
@@ -194,3 +184,8 @@ def powers(base: int, count: int, first: int = 1) -> np.ndarray:
     np.multiply.accumulate(table, out=table)
     table.flags.writeable = False
     return table
+
+
+def _room(size: int) -> int:
+    """Length of the tables of powers for so many tokens: few lengths, so that few are kept."""
+    return max(BLOCK + MOST, 1 << size.bit_length())
