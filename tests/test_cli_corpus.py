@@ -2,12 +2,8 @@
 
 import gzip
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -244,27 +240,20 @@ def test_damaged_progress_is_refused(capsys, folder, own_cache, monkeypatch):
     assert (code, "is damaged" in err) == (2, True)
 
 
-@pytest.mark.slow  # processes import numpy for a second or more each
-def test_processes_and_one_process_write_the_same(capsys, folder, tmp_path, monkeypatch):
+@pytest.mark.slow  # processes import numpy for a second or more each, and a cluster starts
+def test_processes_and_a_cluster_write_what_one_process_writes(
+    capsys, folder, tmp_path, monkeypatch
+):
+    ray = pytest.importorskip("ray")
     monkeypatch.setattr(counting, "SHARD_BYTES", 20000)
-    one, two = tmp_path / "one.json", tmp_path / "two.json"
-    options = ("--words", "1,3,8", "--keep", "2000")
-    assert run(capsys, "stats", folder, *options, "-j", "1", "-o", one)[0] == 0
-    assert run(capsys, "stats", folder, *options, "-j", "2", "-o", two)[0] == 0
-    assert one.read_bytes() == two.read_bytes()
-    assert "not" not in json.loads(one.read_text())["counts"]["words:1"]
-
-
-@pytest.mark.slow
-def test_ctrl_c_leaves_what_can_be_resumed(folder, tmp_path):
-    big = tmp_path / "big"
-    big.mkdir()
-    for i in range(6):
-        (big / f"{i}.txt").write_text(text_of(i, 1000) * 8000)  # 35 MB each: a shard of its own
-    command = [sys.executable, "-m", "halfulp", "corpus", "stats", str(big), "-j", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
-    time.sleep(6)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "--resume" in err
+    options = ("stats", folder, "--words", "1,3,8", "--keep", "2000")
+    one, two, cluster = (tmp_path / f"{name}.json" for name in ("one", "two", "cluster"))
+    assert run(capsys, *options, "-j", "1", "-o", one)[0] == 0
+    assert run(capsys, *options, "-j", "2", "-o", two)[0] == 0
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        assert run(capsys, *options, "--ray", "auto", "-o", cluster)[0] == 0
+    finally:
+        ray.shutdown()
+    assert one.read_bytes() == two.read_bytes() == cluster.read_bytes()
+    assert not load_stats(one).counts["words:8"].exact

@@ -131,10 +131,9 @@ class _Counting:
         self._tell(min(done + read, total), total)
 
     def _stopped(self) -> InterruptedCountError:
-        return InterruptedCountError(
-            f"stopped after {len(self._progress.done)} of {len(self._sizes)} parts of the corpus. "
-            "The same command with --resume goes on from there."
-        )
+        done, parts = len(self._progress.done), len(self._sizes)
+        cure = "The same command with --resume goes on from there." if done else "Start again."
+        return InterruptedCountError(f"stopped after {done} of {parts} parts of the corpus. {cure}")
 
 
 def _died(shard: Shard, how: str) -> RunError:

@@ -37,7 +37,7 @@ class Tally:
 
     def merge(self, other: "Tally") -> None:
         """Take in another part of the corpus."""
-        self.steps += other.steps
+        self.steps = self.steps + other.steps  # arrays that come from Ray cannot be written
         self.sample.merge(other.sample)
 
     def settled(self) -> "Tally":
