@@ -157,3 +157,25 @@ def test_a_shard_at_a_time_or_all_at_once_is_the_same(tmp_path: Path, texts):
 def _keys(batch, name: str) -> np.ndarray:
     found = getattr(batch, name)
     return found if name == "words" else found.keys
+
+
+def test_text_jsonl_and_parquet_count_alike(tmp_path: Path, texts):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        (folder / f"{i:02d}.txt").write_bytes(text.encode())
+    rows, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    rows.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    parquet.write_table(pyarrow.table({"body": texts}), table)
+    found = [counted([path], words=(1, 4), text_key="body") for path in (folder, rows, table)]
+    for name in ("documents", "lines", "words:1", "words:4"):
+        tallies = [one.tallies[name] for one in found]
+        assert len({tally.occurrences for tally in tallies}) == 1
+        for tally in tallies[1:]:
+            np.testing.assert_array_equal(
+                np.unique(tally.sample.keys), np.unique(tallies[0].sample.keys)
+            )
+    assert found[0].empty_documents + 1 == found[1].empty_documents  # a file of 0 bytes is none
+    assert found[1].empty_documents == found[2].empty_documents

@@ -140,3 +140,12 @@ def test_a_corpus_of_nothing_has_no_exponent(tmp_path):
     assert (empty.distinct, empty.slope, empty.doubling_factor) == (0, None, None)
     with pytest.raises(DataError, match="nothing to forecast"):
         forecast(found.tallies["words:1"], 2)
+
+
+@pytest.mark.slow
+def test_half_of_a_real_corpus_forecasts_the_whole():
+    tallies = counted(["stdlib"], words=(2, 4, 8, 16, 32)).tallies
+    for n in (2, 4, 8, 16, 32):
+        found = forecast(tallies[f"words:{n}"], 2)
+        assert found.backtest is not None
+        assert abs(found.backtest) < 0.05
