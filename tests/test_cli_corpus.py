@@ -222,6 +222,14 @@ def test_a_stopped_count_is_resumed(capsys, folder, tmp_path, monkeypatch):
     assert resumed.read_bytes() == whole.read_bytes()
 
 
+def test_more_than_memory_is_refused_with_the_bytes(capsys, folder):
+    code, _, err = run(capsys, "stats", folder, "--keep", str(10**12), "-j", "1")
+    assert code == 2
+    assert "can need 100,000,000,000,000 bytes" in err
+    code, _, err = run(capsys, "stats", folder, "--keep", "10")
+    assert (code, "give 1000 keys or more" in err) == (2, True)
+
+
 def test_damaged_progress_is_refused(capsys, folder, own_cache, monkeypatch):
     monkeypatch.setattr(counting, "SHARD_BYTES", 4000)
     monkeypatch.setattr(counting, "_SECONDS_BETWEEN_SAVES", -1.0)

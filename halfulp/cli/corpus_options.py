@@ -49,7 +49,7 @@ Keep = Annotated[
     int | None,
     typer.Option(
         "--keep",
-        help="Distinct sequences kept in all; up to so many, counting is exact. About 60 bytes "
+        help="Distinct sequences kept in all; up to so many, counting is exact. About 100 bytes "
         "each.  [default: 500000]",
     ),
 ]

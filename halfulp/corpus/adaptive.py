@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 MOST_UNITS = 13  # remembered of each key: f_1 … f_12 need to know whether there are more than 12
-_WAITING = 1 << 16  # occurrences that wait for the next sort
+_WAITING = 1 << 16  # occurrences that wait for the next sort, at least
 _SLOTS = 1 << 15
 _LAST = np.uint32(2**32 - 1)
 _NO_MARK = np.uint64(2**64 - 1)
@@ -54,7 +54,7 @@ class Sample:
         if len(keys):
             self._waiting.append((keys, priorities, marks))
             self._count += len(keys)
-        if self._count >= _WAITING:
+        if self._count >= max(_WAITING, len(self.keys) // 2):
             self.settle()
 
     def merge(self, other: "Sample") -> None:

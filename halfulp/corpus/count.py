@@ -4,17 +4,18 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from halfulp.corpus.config import CountConfig
+from halfulp.corpus.config import DEFAULT_KEEP, CountConfig
 from halfulp.corpus.files import stat_of
 from halfulp.corpus.progress_file import Progress, load_progress, save_progress
 from halfulp.corpus.read import Notes
 from halfulp.corpus.scan import Counted, Shard, scan
 from halfulp.data.corpus import SourceFile
-from halfulp.errors import NothingLeftError, RunError
-from halfulp.tasks import run_tasks
+from halfulp.errors import ConfigError, NothingLeftError, RunError
+from halfulp.tasks import room, run_tasks
 from halfulp.train.signals import Interrupt
 
 SHARD_BYTES = 1 << 25  # on disk; a shard has at least one file
+BYTES_PER_KEY = 100  # of a large sample, with what waits and what the sort needs
 _SECONDS_BETWEEN_SAVES = 20.0
 
 
@@ -38,8 +39,8 @@ def count(
 
     `jobs`: processes, 0 = one per core. `tell` hears how many bytes on disk are done, of how many.
     `progress_file` keeps the shards that are done; `resume` goes on from it.
-    Raises DataError for what is broken, NothingLeftError when no file is text, and
-    InterruptedCountError after Ctrl-C or SIGTERM.
+    Raises DataError for what is broken, NothingLeftError when no file is text, ConfigError where
+    `config.keep` needs more memory than is free, InterruptedCountError after Ctrl-C or SIGTERM.
     """
     shards = shards_of(files, config)
     progress = Progress()
@@ -84,7 +85,10 @@ class _Counting:
         self._saved = time.monotonic()
 
     def run(self, interrupt: Interrupt, *, jobs: int, ray: str) -> None:
-        if not ray and (jobs == 1 or len(self._left) < 2):
+        if not ray:
+            jobs = min(jobs or room(), max(1, len(self._left)))
+            _check_memory(self._left, jobs)
+        if not ray and jobs == 1:
             for shard in self._left:
                 self._take(shard, scan(shard, self._watch(interrupt)))
             return
@@ -134,6 +138,23 @@ class _Counting:
         done, parts = len(self._progress.done), len(self._sizes)
         cure = "The same command with --resume goes on from there." if done else "Start again."
         return InterruptedCountError(f"stopped after {done} of {parts} parts of the corpus. {cure}")
+
+
+def _check_memory(shards: Sequence[Shard], jobs: int) -> None:
+    """ConfigError when exact counts could outgrow the memory that is free, instead of swapping."""
+    meminfo = Path("/proc/meminfo")
+    if not shards or shards[0].config.keep <= DEFAULT_KEEP or not meminfo.exists():
+        return
+    keep = shards[0].config.keep
+    # With several processes the parent holds what they found as well.
+    needed = keep * BYTES_PER_KEY * (jobs + (jobs > 1))
+    line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable:"))
+    free = int(line.split()[1]) * 1024
+    if needed > free:
+        raise ConfigError(
+            f"keeping {keep:,} sequences in {jobs} processes can need {needed:,} bytes, and "
+            f"{free:,} are free. Keep fewer, or use fewer jobs."
+        )
 
 
 def _died(shard: Shard, how: str) -> RunError:
