@@ -72,10 +72,13 @@ def bootstrap(
     """`draws` laws of resampled runs; `progress` is told how many are done.
 
     Resamples that cannot tell five coefficients (fewer than 6 different runs, or 3 different N or
-    D) are drawn again. PlanError for fewer than 20 draws, and for runs of which few resamples can.
+    D) are drawn again. PlanError for fewer than 20 draws, a negative seed, and for runs of
+    which few resamples can.
     """
     if draws < 20:
         raise PlanError(f"{draws} resamples give no band. Give 20 or more; 1000 are usual.")
+    if seed < 0:
+        raise PlanError(f"the seed {seed} cannot be used. Give 0 or more.")
     runs, problem = fit.runs, Problem(fit.runs)
     start = problem.point(fit.law)
     rng = np.random.default_rng(seed)

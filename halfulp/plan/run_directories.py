@@ -60,7 +60,7 @@ class _Found:
 def _read(path: Path, found: _Found) -> None:
     from halfulp.sweep.store import is_sweep
 
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         found.rows += read_csv(path)
     elif is_sweep(path):
         _read_sweep(path, found)

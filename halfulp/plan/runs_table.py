@@ -159,6 +159,12 @@ def _columns(path: Path, header: Sequence[str]) -> dict[str, str]:
 
 
 def _row(path: Path, line: int, cells: Mapping[str, str], columns: Mapping[str, str]) -> Row:
+    if None in cells:
+        raise PlanError(
+            f"{path}, line {line} has more cells than the header. Write numbers with a point, and "
+            "name every column."
+        )
+
     def text(what: str) -> str:
         return (cells.get(columns.get(what, "")) or "").strip()
 

@@ -44,6 +44,7 @@ def test_tables_are_read_whatever_their_marks_and_names(tmp_path, header, mark):
         ("", "no column for parameters, tokens, loss_nats"),
         ("N,D,loss\n7B,1e9,3\n", "line 2: N = '7B' is no number"),
         ("N,D,loss\n1e6,1e9,3\n1e6,,3\n", "line 3: D = '' is no number"),
+        ("N,D,loss\n1e6,1e9,3,14\n", "line 2 has more cells than the header"),
         ("N,params,D,loss\n1,1,1,1\n", "two columns for parameters"),
         ("N,D,loss,C\n1e6,1e9,3,6e9\n", "line 2: C = 6e\\+09 is 1e-06 times 6 N D"),
         ("N,D,loss,bits\n1e6,1e9,3,8\n1e6,1e9,3,16\n", "2 precisions \\(8: 1, 16: 1\\)"),
