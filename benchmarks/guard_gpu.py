@@ -116,9 +116,9 @@ def overhead(hidden: int, layers: int) -> str:
     )
 
 
-def waits() -> str:
+def waits(guarded: bool) -> str:
     """Whether a healthy step makes the host wait for the device."""
-    loop, data = Loop(True, hidden=256, layers=2), batches(12, 2, 64)
+    loop, data = Loop(guarded, hidden=256, layers=2), batches(12, 2, 64)
     for batch in data[:4]:
         loop.step(batch)
     torch.cuda.synchronize()
@@ -196,7 +196,7 @@ def main() -> None:
     print("| ---: | ---: | --- | --- | ---: |")
     for hidden, layers in ((512, 8), (1024, 16)):
         print(overhead(hidden, layers), flush=True)
-    print(f"\nA healthy step waits for the device: {waits()}.")
+    print(f"\nA healthy step waits for the device: {waits(True)}; without a guard: {waits(False)}.")
     for policy in (None, "te_current", "te_delayed"):
         words = identical(policy)
         print(f"\n40 steps bit-identical to the loop without a guard, {policy or 'bf16'}: {words}.")
