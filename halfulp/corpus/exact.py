@@ -1,7 +1,6 @@
 """Exact numbers of distinct keys: sorted in memory, with a refusal instead of swapping."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -109,21 +108,3 @@ class Exact:
     def distinct(self) -> dict[int, int]:
         """Number of distinct n-grams by n."""
         return {n: len(keys) for n, keys in self._sets.items()}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """`method` is "exact" or "sketch"; `needed_bytes`: of exact counting at most; `why` says it."""
-
-    method: str
-    needed_bytes: int
-    why: str
-
-
-def choose(sequences: int, budget_bytes: int) -> Choice:
-    """Exact counting where `sequences` n-grams (of all n together) fit even if all are distinct."""
-    needed = sequences * KEY_BYTES * _SPACE
-    fits = needed <= budget_bytes
-    needs = f"{sequences:,} sequences need up to {needed:,} bytes to be counted exactly"
-    why = f"{needs}; {budget_bytes:,} are allowed"
-    return Choice("exact" if fits else "sketch", needed, why)

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from halfulp.corpus.exact import Exact, KeySet, choose
+from halfulp.corpus.exact import Exact, KeySet
 from halfulp.errors import DataError
 
 
@@ -54,15 +54,6 @@ def test_it_refuses_with_the_bytes_it_needs():
     tokens = np.random.default_rng(0).integers(0, 1 << 30, 2_000_000)
     with pytest.raises(DataError, match=message):
         keys.update(tokens)
-
-
-def test_the_choice_says_which_and_why():
-    assert choose(1000, 16_000).method == "exact"
-    refused = choose(1001, 16_000)
-    assert (refused.method, refused.needed_bytes) == ("sketch", 16_016)
-    assert refused.why == (
-        "1,001 sequences need up to 16,016 bytes to be counted exactly; 16,000 are allowed"
-    )
 
 
 def test_unlike_counts_do_not_merge():
