@@ -51,11 +51,12 @@ class Judged:
         return tuple(row for row in self.table.rows() if row.done)
 
 
-def judge(path: Path, *, inputs: Inputs | None = None, bar_nats: float = BAR_NATS) -> Judged:
+def judge(path: str | Path, *, inputs: Inputs | None = None, bar_nats: float = BAR_NATS) -> Judged:
     """The sweep at `path`, judged; the bill only where `inputs` says something about money.
 
     RunError where there is no sweep, ConfigError for inputs that do not fit it.
     """
+    path = Path(path)
     stored = read_sweep(path)
     table = Table(stored.design, stored.results, path=path, damaged=stored.damaged)
     bills = None if inputs is None else money(table, inputs)
