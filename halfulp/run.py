@@ -290,7 +290,8 @@ def _make_room(path: Path, *, force: bool, own: Set[str]) -> None:
             f"the run directory {path} cannot be made: {error.strerror or error}. "
             "Give a place that can be written."
         ) from error
-    names = {entry.name for entry in path.iterdir()}
+    # A process that is killed before its run has begun leaves config.toml.part and nothing else.
+    names = {entry.name for entry in path.iterdir()} - {"config.toml.part"}
     if not names:
         return
     if not force:
@@ -298,7 +299,7 @@ def _make_room(path: Path, *, force: bool, own: Set[str]) -> None:
             f"{path} is asked for as a new run, but exists and is not empty. Give another name, "
             "resume the run, or delete it with force."
         )
-    foreign = sorted(names - own)
+    foreign = sorted(name for name in names if not _written_by_a_run(name, own))
     if foreign or not names & {"config.toml", "events.jsonl"} or path.is_symlink():
         found = f"holds {', '.join(foreign[:5])}" if foreign else "is a link or not a run"
         raise RunError(
@@ -311,6 +312,11 @@ def _make_room(path: Path, *, force: bool, own: Set[str]) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def _written_by_a_run(name: str, own: Set[str]) -> bool:
+    """Whether a run writes a file of this name, were it only until it is renamed."""
+    return name.removesuffix(".part") in own or name.startswith("writer.lock.")
 
 
 def _cut_torn_line(file: Path, torn: Path) -> None:

@@ -304,3 +304,21 @@ def test_reader_beside_a_writer_never_sees_half_a_line(run):
     writer.join()
     assert all(s == list(range(1, len(s) + 1)) for s in seen)
     assert len(steps(run)) == 400
+
+
+@pytest.mark.parametrize("left", ["config.toml.part", "summary.json.part", "writer.lock.123"])
+def test_what_a_killed_process_leaves_does_not_block_the_directory(tmp_path, left):
+    """It may be killed between the writing of a file and its renaming."""
+    path = tmp_path / "run"
+    if left == "config.toml.part":  # killed before it had begun: as good as empty
+        path.mkdir()
+    else:
+        create(path).close()
+    (path / left).write_text("half of")
+    with create(path, force=left != "config.toml.part") as run:
+        run.write("step", step=1)
+    assert steps(Run.open(path)) == [1]
+    assert not (path / left).exists()
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"holds notes\.txt"):
+        create(path, force=True)

@@ -191,6 +191,17 @@ def test_a_checkpoint_that_cannot_be_read_costs_a_fresh_start(whole, tmp_path, m
     assert facts_of(table.results) == facts_of(whole.results)
 
 
+@pytest.mark.parametrize("left", [["config.toml.part"], ["config.toml", "environment.json.part"]])
+def test_a_run_whose_worker_was_killed_as_it_began_is_run(whole, tmp_path, left):
+    path = tmp_path / "sweep"
+    folder = path / "runs" / whole.design.cells()[0].id
+    run_design(whole.design, path, time_s=1e-9)
+    folder.mkdir(parents=True)
+    for name in left:
+        (folder / name).write_text("half = ")
+    assert facts_of(run_design(whole.design, path).results) == facts_of(whole.results)
+
+
 def train_half(config, folder: Path) -> None:
     """A run at its first checkpoint, of which a byte is wrong."""
     from dataclasses import replace
