@@ -11,6 +11,8 @@ import pytest
 
 from halfulp.cli import main
 from halfulp.corpus import count as counting
+from halfulp.corpus.config import CountConfig
+from halfulp.corpus.files import corpus_files
 from halfulp.corpus.stats import load_stats
 from halfulp.errors import DataError
 
@@ -220,6 +222,29 @@ def test_a_stopped_count_is_resumed(capsys, folder, tmp_path, monkeypatch):
     assert run(capsys, "stats", folder, "-j", "1", "--resume", "-o", resumed)[0] == 0
     assert min(seen) == stop_at
     assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_a_large_jsonl_file_is_counted_in_parts(capsys, tmp_path, monkeypatch):
+    path, whole, divided = tmp_path / "a.jsonl", tmp_path / "1.json", tmp_path / "2.json"
+    rows = [json.dumps({"text": text_of(i, 1 + i % 200)}) for i in range(150)]
+    path.write_text("\n".join(rows))
+    options = ("stats", path, "--words", "1,3", "-j", "1", "-o")
+    assert run(capsys, *options, whole)[0] == 0
+    monkeypatch.setattr(counting, "SHARD_BYTES", 700)
+    shards = counting.shards_of(corpus_files([str(path)]), CountConfig())
+    assert len(shards) > 30
+    assert sum(shard.size for shard in shards) == path.stat().st_size
+    assert run(capsys, *options, divided)[0] == 0
+    one, two = load_stats(whole), load_stats(divided)
+    assert one.symbols == two.symbols
+    for name, count in one.counts.items():
+        other = two.counts[name]
+        assert (count.occurrences, count.distinct, count.f) == (
+            other.occurrences, other.distinct, other.f,
+        )  # fmt: skip
+    path.write_text("\n".join([*rows, "oops"]))
+    code, _, err = run(capsys, *options, tmp_path / "3.json")
+    assert (code, "the line at byte" in err) == (2, True)
 
 
 def test_more_than_memory_is_refused_with_the_bytes(capsys, folder):

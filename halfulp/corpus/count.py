@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from halfulp.corpus.config import DEFAULT_KEEP, CountConfig
@@ -60,15 +62,25 @@ def count(
 
 
 def shards_of(files: Sequence[SourceFile], config: CountConfig) -> list[Shard]:
-    """Consecutive files of about SHARD_BYTES on disk."""
+    """Consecutive files of about SHARD_BYTES on disk; a larger JSONL file in several parts."""
     shards, held, size = [], [], 0
-    for numbered in enumerate(files):
-        held.append(numbered)
-        size += stat_of(numbered[1].path).st_size
-        if size >= SHARD_BYTES or numbered[0] == len(files) - 1:
+    parts = [(index, *part) for index, file in enumerate(files) for part in _parts(file)]
+    for place, (index, part, part_size) in enumerate(parts):
+        held.append((index, part))
+        size += part_size
+        if size >= SHARD_BYTES or place == len(parts) - 1:
             shards.append(Shard(len(shards), tuple(held), config, size))
             held, size = [], 0
     return shards
+
+
+def _parts(file: SourceFile) -> list[tuple[SourceFile, int]]:
+    """The file, or parts of it that can be read by themselves, with their sizes."""
+    size = stat_of(file.path).st_size
+    if file.kind != "jsonl" or file.path.suffix in (".gz", ".zst") or size <= 2 * SHARD_BYTES:
+        return [(file, size)]
+    edges = [*range(0, size - SHARD_BYTES, SHARD_BYTES), size]
+    return [(replace(file, begin=a, end=b), b - a) for a, b in pairwise(edges)]
 
 
 class _Counting:

@@ -57,7 +57,7 @@ def groups(
     pieces, numbers, size = [], [], 0
     for index, file in files:
         room = _GROUP["tokens" if file.kind == "tokens" else "text"]
-        place = 0
+        place = file.begin
         for piece in _pieces(file, config, notes):
             pieces.append(piece)
             numbers.append(index << FILE_BITS | place)

@@ -18,11 +18,16 @@ _NOT_LIBRARY = {
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a corpus; `kind` is "text", "jsonl", "parquet" or "tokens"."""
+    """One file of a corpus; `kind` is "text", "jsonl", "parquet" or "tokens".
+
+    Of a JSONL file, `begin` and `end` can name a part: the lines that begin in those bytes.
+    """
 
     kind: str
     path: Path
     name: str
+    begin: int = 0
+    end: int | None = None
 
 
 @dataclass(frozen=True)

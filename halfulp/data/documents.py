@@ -119,24 +119,30 @@ def _not_text(file: SourceFile, at: int, bad: bytes, start: bytes) -> DataError:
 
 def _jsonl(file: SourceFile, key: str) -> Iterator[Piece]:
     with open_stream(file.path) as stream:
-        for number, line in enumerate(_lines(stream), 1):
+        for place, line in _lines(file, stream):
             if line.strip():
-                yield from _pieces(_json_text(file, number, line, key))
+                yield from _pieces(_json_text(f"{file.path} {place}", line, key))
 
 
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    number = 0
+def _lines(file: SourceFile, stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """The lines that begin in the file's part, each with what to call it."""
+    at = number = 0
+    if file.begin:
+        stream.seek(file.begin - 1)
+        at = file.begin - 1 + len(stream.readline())
     try:
         for line in stream:
-            yield line
+            if file.end is not None and at >= file.end:
+                return
             number += 1
+            yield f"the line at byte {at}" if file.begin else f"line {number}", line
+            at += len(line)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         # open_stream names the file; the line is known only here.
         raise EOFError(f"{error} (after line {number})") from error
 
 
-def _json_text(file: SourceFile, number: int, line: bytes, key: str) -> str:
-    place = f"{file.path} line {number}"
+def _json_text(place: str, line: bytes, key: str) -> str:
     try:
         row = json.loads(line)
     except UnicodeDecodeError as error:
