@@ -122,6 +122,14 @@ def test_an_empty_file_is_no_document(capsys, tmp_path):
     assert found["counts"]["words:3"]["distinct"] == 0
 
 
+def test_documents_that_are_all_empty_are_counted_apart(capsys, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ""}\n{"text": " "}\n')
+    code, out, _ = run(capsys, "stats", path, "-j", "1")
+    assert code == 0
+    assert "0 documents (2 more are empty)" in out
+
+
 @pytest.mark.parametrize("content", [b"abc\0def" * 40, b"caf\xe9 au lait " * 40, b"\xff\xfea\0b\0"])
 def test_binary_files_are_skipped_and_named(capsys, folder, content):
     (folder / "a.exe").write_bytes(content)

@@ -36,16 +36,14 @@ class Family:
 
     def feed(self, batch: Symbols) -> None:
         """Count the sequences that end in these symbols."""
-        before = self._stream.tokens
+        place = self._shard + self._stream.tokens
         self._count(batch)
-        begins = np.concatenate([[0], batch.cuts[:-1]])
-        places = (self._shard + before + begins).astype(np.uint64)
         at = 0
         for block in self._stream.blocks(batch.symbols, batch.starts):
             sums = prefix(block, self._work[:2, : len(block.tokens) + 1])
             for n, tally in self.tallies.items():
                 keys = ngram_keys(block, sums, n, out=self._work[2])
-                self._sample(tally, n, block, keys, at, batch, places)
+                self._sample(tally, n, block, keys, at, batch, place)
             at += len(block.tokens) - block.context
 
     def _sample(
@@ -56,14 +54,17 @@ class Family:
         keys: np.ndarray,
         at: int,
         batch: Symbols,
-        places: np.ndarray,
+        place: int,
     ) -> None:
+        """`at`: where the block's fresh symbols begin in the batch; `place`: where that begins."""
         chosen = tally.sample.chosen(keys)
         ends = chosen + first_end(block, n)
         inside = block.inside(ends, n, apart=self._apart)
         chosen, ends = chosen[inside], ends[inside]
-        units = np.searchsorted(batch.cuts, ends + (at - block.context), side="right")
-        tally.sample.add(keys[chosen], batch.priorities[units], places[units])
+        ends += at - block.context
+        units = np.searchsorted(batch.cuts, ends, side="right")
+        places = (place + ends).astype(np.uint64)
+        tally.sample.add(keys[chosen], batch.priorities[units], places)
 
     def _count(self, batch: Symbols) -> None:
         """Occurrences of each length in each unit, from the lengths of units and documents."""

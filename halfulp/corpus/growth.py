@@ -10,9 +10,9 @@ from halfulp.corpus.adaptive import MOST_UNITS, key_starts, units_of
 from halfulp.corpus.tally import GROUPS, PLACE_BITS, STEPS, Tally, group_of, step_of
 
 FREQUENCIES = MOST_UNITS - 1
-_LEAST_UNITS_IN_POINT = 8
+_LEAST_POINTS = 8  # of a curve, for the order of the files to mean something
 _CLEAR_DIFFERENCE = 0.05  # of two local exponents
-_LEAST_UNITS_FOR_ORDER = 64
+_HALVES = 32
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,11 @@ class Record:
         self._steps, self._groups = step_of(sample.priorities), group_of(sample.priorities)
         self._totals = tally.steps
 
-    def part(self, *, from_step: int = 0, without_group: int | None = None) -> Part:
-        """The units of steps ≥ `from_step`, a share of 2^(−from_step/2), less those of a group."""
-        kept = self._steps >= from_step
-        totals = self._totals.sum(0)
-        if without_group is not None:
-            kept &= self._groups != without_group
-            totals = totals - self._totals[without_group]
+    def part(self, *, from_step: int = 0, groups: np.ndarray | None = None) -> Part:
+        """The units of steps ≥ `from_step`, a share of 2^(−from_step/2), in `groups` (mask)."""
+        groups = np.ones(GROUPS, bool) if groups is None else groups
+        kept = (self._steps >= from_step) & groups[self._groups]
+        totals = self._totals[groups].sum(0)
         keys, steps = self._keys[kept], self._steps[kept]
         counts = np.bincount(units_of(keys), minlength=MOST_UNITS + 1) << self._shift
         lowest = np.bincount(steps[key_starts(keys)], minlength=STEPS) << self._shift
@@ -77,7 +75,8 @@ class Growth:
     - `curve`: (T, U) for random parts spaced by about √2, ascending, the corpus at its end.
     - `unique_symbols`: of lines and documents, the words or tokens in the distinct ones.
     - `order_exponent`: the exponent between the first half, in the order of the files, and the
-      whole; `random_exponent`: the same for a random half. None where that says nothing.
+      whole; `random_exponent`: the same for random halves, their mean and standard deviation. None
+      where that says nothing.
     """
 
     name: str
@@ -93,6 +92,7 @@ class Growth:
     unique_symbols: int | None = None
     order_exponent: float | None = None
     random_exponent: float | None = None
+    random_exponent_sd: float | None = None
 
     @property
     def duplicates(self) -> float | None:
@@ -105,7 +105,7 @@ class Growth:
         if self.order_exponent is None or self.random_exponent is None:
             return None
         return abs(self.order_exponent - self.random_exponent) <= max(
-            _CLEAR_DIFFERENCE, 3 * (self.slope_se or 0.0)
+            _CLEAR_DIFFERENCE, 3 * (self.random_exponent_sd or 0.0)
         )
 
 
@@ -132,7 +132,7 @@ def growth(name: str, tally: Tally, symbols: Mapping[int, int] | None = None) ->
         tuple((int(t), int(u)) for t, u in whole.curve[::-1]),
         None if ":" in name else int(sample.least.sum()) << sample.shift,
         order,
-        None if order is None else _random_exponent(whole),
+        *(_half_exponents(record, whole) if order is not None else (None, None)),
     )
 
 
@@ -141,22 +141,28 @@ def jackknife(record: Record, statistic) -> float | None:
 
     None when a group holds everything, so that the corpus is a single piece.
     """
-    parts = [record.part(without_group=group) for group in range(GROUPS)]
+    parts = [record.part(groups=np.arange(GROUPS) != group) for group in range(GROUPS)]
     values = np.array([statistic(part) for part in parts if part.distinct])
     if len(values) < GROUPS or not np.isfinite(values).all():
         return None
     return float(np.sqrt((GROUPS - 1) / GROUPS * ((values - values.mean()) ** 2).sum()))
 
 
-def _random_exponent(whole: Part) -> float | None:
-    """Between the random half (step 2) and the whole."""
-    (t, u), (half_t, half_u) = whole.curve[0], whole.curve[2]
-    return float(np.log(u / half_u) / np.log(t / half_t))
+def _half_exponents(record: Record, whole: Part) -> tuple[float, float] | tuple[None, None]:
+    """Mean and standard deviation of the exponent between random halves and the whole."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(_HALVES):
+        half = record.part(groups=rng.permutation(GROUPS) < GROUPS // 2)
+        if not half.distinct or half.occurrences == whole.occurrences:
+            return None, None
+        growth = math.log(whole.distinct / half.distinct)
+        found.append(growth / math.log(whole.occurrences / half.occurrences))
+    return float(np.mean(found)), float(np.std(found))
 
 
 def _order_exponent(tally: Tally, whole: Part, symbols: Mapping[int, int]) -> float | None:
     total = sum(symbols.values())
-    if len(whole.curve) <= _LEAST_UNITS_IN_POINT or not whole.distinct:
+    if len(whole.curve) <= _LEAST_POINTS or not whole.distinct:
         return None
     before, base = 0, {}
     for shard in sorted(symbols):

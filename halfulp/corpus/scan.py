@@ -72,7 +72,7 @@ def scan(shard: Shard, progress: Callable[[int], None] | None = None) -> Counted
         found.text_bytes += batch.text_bytes
         found.empty_documents += batch.empty_documents
         if progress is not None:
-            progress(batch.text_bytes or len(batch.symbols["tokens"].symbols))
+            progress(batch.text_bytes or max(len(s.symbols) for s in batch.symbols.values()))
     parts = {f"{name}:{n}": t for name, f in families.items() for n, t in f.tallies.items()}
     found.tallies = {name: tally.settled() for name, tally in (whole | parts).items()}
     return found

@@ -22,7 +22,7 @@ class Tally:
     """Occurrences and a sample of the distinct ones.
 
     The sample's marks are the place where a sequence first ends (shard << PLACE_BITS | symbols in
-    the shard before the unit), or the length in symbols of a line or document.
+    the shard before it), or the length in symbols of a line or document.
 
     `steps` [GROUPS, STEPS] int64: the occurrences in the units of each group whose priority lies
     in the lowest 2^(−j/2) of the range and not in the next smaller part.

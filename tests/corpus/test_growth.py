@@ -121,6 +121,14 @@ def test_files_in_an_order_are_told_from_shuffled_ones(tmp_path):
     assert ours.slope == pytest.approx(theirs.slope)  # the order of files does not matter here
 
 
+def test_a_few_long_documents_are_no_order(tmp_path):
+    # With lengths of infinite variance the halves of a shuffled corpus differ: that is no order.
+    lengths = np.minimum(50 * RNG.pareto(1.2, 300) + 20, 20_000).astype(int)
+    for i, length in enumerate(lengths):
+        (tmp_path / f"{i:04d}.txt").write_text(heaps_text(1, int(length))[0])
+    assert stats([tmp_path], words=(1, 2)).shuffled
+
+
 def test_a_corpus_twice_over_has_the_same_sequences(tmp_path):
     for i, text in enumerate(heaps_text(200, 100)):
         for copy in "ab":
