@@ -38,8 +38,8 @@ class Stats:
     skipped: dict[str, str]
     invalid: dict[str, int]
     unmarked: tuple[str, ...]
-    split: bool
     counts: dict[str, Growth]
+    split: bool = False
 
     @property
     def documents(self) -> int:
@@ -112,8 +112,8 @@ def stats_of(
         dict(sorted(notes.skipped.items())),
         dict(sorted(notes.invalid.items())),
         tuple(sorted(notes.unmarked)),
-        config.split,
         counts,
+        config.split,
     )
 
 
