@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Paths = Annotated[
     list[str],
     typer.Argument(
-        metavar="PATH…",
+        metavar="PATH",
         help="Text, JSONL(.gz, .zst), Parquet or token files (.bin), folders of them, or stdlib.",
     ),
 ]
