@@ -67,18 +67,20 @@ def shallow() -> list[Point]:
 
 def trained(points: Sequence[Point]) -> list[Path]:
     """The run directories of `points`, in order; trained in two processes where not kept."""
-    paths = dict.fromkeys(points, Path())
+    # A whole set of the first seed, then of the next; the longest first, so that no process waits
+    # for one at the end.
+    order = sorted(points, key=lambda p: (p.seed, -p.flops))
+    if missing := [p for p in order if not _finished(run_directory(p))]:
+        _train(missing)
+    return [run_directory(p) for p in points]
+
+
+def _train(points: Sequence[Point]) -> None:
     with open_pool() as pool:
-        # A whole set of the first seed, then of the next; the longest first, so that no process
-        # waits for one at the end.
-        order = sorted(points, key=lambda p: (p.seed, -p.flops))
-        jobs = {pool.submit(train_point, point): point for point in order}
+        jobs = {pool.submit(train_point, point): point for point in points}
         for done, job in enumerate(as_completed(jobs), 1):
-            point, (path, seconds) = jobs[job], job.result()
-            paths[point] = path
-            if seconds:
-                print(f"  run {done}/{len(jobs)}: {point} ({seconds:.0f} s)", file=sys.stderr)
-    return [paths[p] for p in points]
+            said = f"  run {done}/{len(jobs)}: {jobs[job]} ({job.result():.0f} s)"
+            print(said, file=sys.stderr, flush=True)
 
 
 def cpu_seconds(paths: Sequence[Path]) -> list[float]:
@@ -89,24 +91,22 @@ def cpu_seconds(paths: Sequence[Path]) -> list[float]:
     return [content["cpu_seconds"] for content in found if content]
 
 
-def train_point(point: Point) -> tuple[Path, float]:
-    """(run directory, CPU seconds spent here: 0 for one that was kept)."""
+def train_point(point: Point) -> float:
+    """Train or go on with the run of `point`; the CPU seconds spent here."""
     from halfulp.data.cache import read_json, write_json
     from halfulp.train.config import load_config
     from halfulp.train.loop import train
 
     path = run_directory(point)
-    settings = config_of(point) | {"run": {"out": str(path)}}
+    config = load_config(config_of(point) | {"run": {"out": str(path)}})
     begun = (path / "config.toml").is_file()
-    if begun and (path / "summary.json").is_file() and _finished(path):
-        return path, 0.0
     earlier = (read_json(path / CPU_FILE) or {"cpu_seconds": 0.0})["cpu_seconds"]
     before = time.process_time()
     path.parent.mkdir(parents=True, exist_ok=True)
-    train(load_config(settings), resume=path if begun else None, command=("reproduce",))
+    train(config, resume=path if begun else None, command=("reproduce",))
     seconds = time.process_time() - before
     write_json(path / CPU_FILE, {"cpu_seconds": earlier + seconds})
-    return path, seconds
+    return seconds
 
 
 def run_directory(point: Point) -> Path:
@@ -153,7 +153,8 @@ def parameters(hidden: int, layers: int) -> int:
 def _finished(path: Path) -> bool:
     from halfulp.run import Run
 
-    return Run.open(path, writer=False).summary().get("reason") == "finished"
+    begun = (path / "config.toml").is_file()
+    return begun and Run.open(path, writer=False).summary().get("reason") == "finished"
 
 
 if __name__ == "__main__":
