@@ -83,12 +83,12 @@ def _train(points: Sequence[Point]) -> None:
             print(said, file=sys.stderr, flush=True)
 
 
-def cpu_seconds(paths: Sequence[Path]) -> list[float]:
-    """The CPU time that each run took, of those that say so; interruptions are in it."""
+def cpu_seconds(path: Path) -> list[float]:
+    """The CPU time that a run took, or nothing where it does not say so."""
     from halfulp.data.cache import read_json
 
-    found = (read_json(path / CPU_FILE) for path in paths)
-    return [content["cpu_seconds"] for content in found if content]
+    found = read_json(path / CPU_FILE)
+    return [found["cpu_seconds"]] if found else []
 
 
 def train_point(point: Point) -> float:

@@ -254,15 +254,20 @@ def _negligible() -> Result:
 
 
 def _cost() -> Result:
-    paths = trained([*fitted(), *held_out(), *shallow()])
-    seconds = cpu_seconds(paths)
-    minutes = sum(seconds) / len(seconds) * len(paths) / 60 / 2 if seconds else math.nan
+    points = [*fitted(), *held_out(), *shallow()]
+    seconds: dict[tuple[float, int, int], list[float]] = {}
+    for point, path in zip(points, trained(points), strict=True):
+        seconds.setdefault((point.flops, point.hidden, point.layers), []).extend(cpu_seconds(path))
+    known = sum(map(len, seconds.values()))
+    # A run that says nothing took as long as the one that differs in the seed only.
+    places = [seconds[p.flops, p.hidden, p.layers] for p in points]
+    minutes = sum(float(np.mean(s)) if s else math.nan for s in places) / 60
     return Result(
         "the whole set takes less than 20 minutes on two cores",
         "our own gate",
-        f"{len(paths)} runs, {sum(seconds) / 60:.1f} minutes of CPU time in the {len(seconds)} "
-        f"that say so, or {minutes:.1f} minutes for all on two cores",
-        UNKNOWN if not seconds else REPRODUCED if minutes < 20 else REFUTED,
+        f"{len(points)} runs, {minutes:.1f} minutes of CPU time or {minutes / 2:.1f} on two cores "
+        f"({known} of the runs say what they took)",
+        UNKNOWN if math.isnan(minutes) else REPRODUCED if minutes / 2 < 20 else REFUTED,
     )
 
 
