@@ -13,6 +13,12 @@ LOST = ("stalled", "died")
 _READ = {str: str, int: int, float: (int, float)}  # what a field of this type may hold
 
 
+def _sound(value: object, type_: object) -> bool:
+    if type_ not in _READ:
+        return isinstance(value, Mapping) and all(_sound(v, float) for v in value.values())
+    return isinstance(value, _READ[type_]) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """One run on the grid recipe × learning rate × seed × data set.
@@ -62,8 +68,8 @@ class Result:
         known = {f.name: f.type for f in fields(cls)}
         result = cls(**{key: v for key, v in value.items() if key in known})
         for key, type_ in known.items():
-            found, wanted = getattr(result, key), _READ.get(type_, Mapping)
-            if not isinstance(found, wanted) or isinstance(found, bool):
+            found = getattr(result, key)
+            if not _sound(found, type_) or (type_ in (int, float) and key != "logz" and found < 0):
                 raise TypeError(f"{key} is {found!r}")
         if result.status not in STATUSES:
             raise TypeError(f"no such status: {result.status!r}")
