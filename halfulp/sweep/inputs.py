@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
@@ -15,6 +16,7 @@ from halfulp.sweep.ranges import Range, between, exactly
 _POSITIVE = (
     *("gpu_hours", "price_usd", "prior_octaves", "proxy_fraction", "search_seeds", "tokens"),
 )
+_MOST_SPEEDUP = 50.0  # beyond it only a percentage leads
 Speed = float | tuple[float, float]  # a ratio, or its lowest and highest value
 
 
@@ -49,7 +51,7 @@ class Inputs:
             raise ConfigError(f"adoption_usd = {self.adoption_usd} is no bill. Give dollars >= 0.")
         speeds = self.speedup if isinstance(self.speedup, Mapping) else {"": self.speedup}
         for recipe, speed in speeds.items():
-            _positive(f"speedup {recipe}".strip(), speed)
+            _positive(f"speedup {recipe}".strip(), speed, most=_MOST_SPEEDUP)
         for recipe, share in self.extra_tokens.items():
             if not -1 < share < math.inf:
                 raise ConfigError(f"extra_tokens of {recipe} = {share} is no share. Give one > -1.")
@@ -88,10 +90,15 @@ class Inputs:
         low, high = min(row.range[0] for row in rows), max(row.range[1] for row in rows)
         return Range(value=middle, low=low, high=high), rows
 
-    def check_recipes(self, recipes: Iterable[str]) -> None:
-        """ConfigError for a speed-up or extra tokens of a recipe that is not in `recipes`."""
-        known = list(recipes)
+    def check_recipes(self, recipes: Iterable[str], reference: str) -> None:
+        """ConfigError for a speed-up or extra tokens of the reference or of none of `recipes`."""
+        known = [recipe for recipe in recipes if recipe != reference]
         named = {*(self.speedup if isinstance(self.speedup, Mapping) else ()), *self.extra_tokens}
+        if reference in named:
+            raise ConfigError(
+                f"{reference!r} is the reference: speed-ups and extra tokens are over its own. "
+                f"Give those of {', '.join(known)}."
+            )
         for name in sorted(named - set(known)):
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
             raise ConfigError(
@@ -157,9 +164,12 @@ def _range(value: Speed) -> Range:
     return between(*value) if isinstance(value, tuple) else exactly(value)
 
 
-def _positive(name: str, value: Speed | None) -> None:
+def _positive(name: str, value: Speed | None, most: float = sys.float_info.max) -> None:
     ends = value if isinstance(value, tuple) else (value,)
     known = [end for end in ends if end is not None]
-    if all(0 < end < math.inf for end in known) and known == sorted(known):
+    if all(0 < end <= most for end in known) and known == sorted(known):
         return
-    raise ConfigError(f"{name} = {value} has no meaning. Give a number > 0, a range lowest first.")
+    limit = f" and at most {most:g}" if most < sys.float_info.max else ""
+    raise ConfigError(
+        f"{name} = {value} has no meaning. Give a number > 0{limit}, a range lowest first."
+    )

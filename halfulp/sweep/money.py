@@ -78,9 +78,9 @@ class Money:
 def money(table: "Table", inputs: Inputs) -> Money:
     """The bill of every recipe of `table` under `inputs`.
 
-    Raises ConfigError for inputs on recipes that the table does not have.
+    Raises ConfigError for inputs on the reference, or on recipes that the table does not have.
     """
-    inputs.check_recipes(table.recipes)
+    inputs.check_recipes(table.recipes, table.reference)
     found = [gather(table, recipe) for recipe in table.recipes]
     evidence = tuple(e for e in found if not e.refused)
     reference = next(e for e in found if e.recipe == table.reference)
