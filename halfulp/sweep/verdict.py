@@ -109,7 +109,8 @@ def _coverage(own: Evidence, tokens: float | None) -> list[str]:
         parts.append(f"{own.missing} of {own.planned} runs are not done")
     if tokens:
         percent = f"{100 * own.tokens / tokens:.2g}".replace("e-0", "e-")
-        parts.append(f"evidence covers {percent} % of your run")
+        covered = "all" if own.tokens >= tokens else f"{percent} %"
+        parts.append(f"evidence covers {covered} of your run")
     return parts
 
 

@@ -146,6 +146,8 @@ def test_the_sentence_has_cost_break_even_and_horizon():
     )
     assert found.sentence.endswith("evidence covers 0.4 % of your run")
     assert found.horizon == pytest.approx(0.004)
+    shorter = verdict(table, Inputs(speedup=1.35, tokens=1e6))
+    assert shorter.sentence.endswith("evidence covers all of your run")
 
 
 def test_a_published_speedup_is_called_that():
