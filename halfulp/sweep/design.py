@@ -107,7 +107,7 @@ class Design:
             )
             _check(design)
             return design
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"this is not the config.toml of a sweep ({type(error).__name__}: {error}). "
                 "Restore it, or start the sweep in another directory."
@@ -196,14 +196,17 @@ def _check(design: Design) -> None:
         if not (math.isfinite(lr) and lr > 0):
             raise ConfigError(f"the learning rate {lr:g} cannot be used. Give rates above 0.")
     for seed in design.seeds:
-        if not isinstance(seed, int) or seed < 0:
-            raise ConfigError(f"the seed {seed!r} cannot be used. Give integers from 0 on.")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ConfigError(f"the seed {seed!r} cannot be used. Give integers from 0 to 2⁶³ − 1.")
     for recipe in design.recipes:
         check(replace(design.config, policy=policy_of(recipe, design.config.policy, Path())))
     names = [*design.recipes, *(cell.id for cell in design.cells())]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ConfigError(f"two runs of the grid are the same or would share the name {twice[0]}.")
+        raise ConfigError(
+            f"two runs of the grid are the same or would share the name {twice[0]}. Give every "
+            "recipe, learning rate and seed once, and data sets names that differ in ASCII letters."
+        )
     _check_data(design.data)
 
 

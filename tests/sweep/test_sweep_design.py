@@ -44,6 +44,7 @@ def back(design: Design) -> Design:
         ({"seeds": [4, 4]}, "two seeds or more"),
         ({"seeds": [0, -1]}, "seed -1 cannot be used"),
         ({"seeds": [0, 0.5]}, "seed 0.5 cannot be used"),
+        ({"seeds": [0, 2**63]}, "seed 9223372036854775808 cannot be used"),
         ({"lrs": [0.0, 1e-3]}, "learning rate 0 cannot be used"),
         ({"lrs": [-1e-3, 1e-3]}, "learning rate -0.001"),
         ({"lrs": [float("nan"), 1e-3]}, "learning rate nan"),
@@ -56,6 +57,7 @@ def back(design: Design) -> Design:
         ({"recipes": ["fp32", "bf16_amp:1.5+te_current"]}, "until = 1.5"),
         ({"recipes": ["fp32", "bf16_amp:0+te_current"]}, "until = 0"),
         ({"recipes": ["fp32", "fp32:0.5+bf16_amp:0.2+te_current"]}, "until = 0.2"),
+        ({"data": {"日本": ["stdlib"], "中国": ["docs"]}}, "differ in ASCII letters"),
         ({"data": {"a": ["stdlib"], "b": ["stdlib"]}}, "'b' has the same sources as 'a'"),
     ],
 )
@@ -82,6 +84,14 @@ def test_the_grid_is_whole_and_the_reference_leads():
     assert cells[0] == Cell("fp32", 1e-3, 3, "stdlib")
     assert [cell.recipe for cell in cells[:4]] == ["fp32", "mxfp8", "fp32", "mxfp8"]
     assert design.lrs == (1e-3, 1e-2)
+
+
+@pytest.mark.parametrize("spoiled", [{"lrs": ["x", "y"]}, {"lrs": "x"}, {"data": []}])
+def test_a_design_spoiled_by_hand_is_named(spoiled):
+    content = make().to_dict()
+    content["sweep"] |= spoiled
+    with pytest.raises(ConfigError):
+        Design.from_dict(content)
 
 
 def test_seeds_go_on_from_the_configurations_own():
