@@ -101,6 +101,11 @@ def test_a_sweep_runs_goes_on_and_shows_its_status(home, capsys):
         ({"lr": "1e-3:inf:5"}, "--lr '1e-3:inf:5' is not understood"),
         ({"lr": ""}, "--lr is empty. Give for example 1e-3,1e-2"),
         ({"lr": "1e-3,nan"}, "learning rate nan"),
+        ({"time": ""}, "--time '' is not understood"),
+        ({"ray": ""}, "--ray is empty"),
+        ({"seeds": "0,1", "set": "train.seed=7"}, "--set train.seed has no effect"),
+        ({"data": "a=texts", "set": "data.source=['b']"}, "Use --data"),
+        ({"set": "guard.rollbacks=3"}, "--set guard.rollbacks has no effect on a sweep. Use"),
         ({"lr": "-1e-3,1e-3"}, "learning rate -0.001"),
         ({"seeds": "1"}, "two seeds or more"),
         ({"seeds": ""}, "--seeds '' is not understood"),
@@ -132,6 +137,24 @@ def test_what_cannot_be_used_is_named_with_its_cure(home, capsys, options, why):
     assert "Traceback" not in err
     assert out == ""
     assert (home / "full/thesis.tex").read_text() == "all of it"
+
+
+def test_what_a_run_has_of_its_own_is_said_to_be_left_out(home, capsys):
+    """A file as `halfulp train` takes it; rate, recipe and seed have options that replace them."""
+    file = home / "run.toml"
+    file.write_text(
+        f"{file.read_text()}lr = 3e-3\nseed = 4\n[policy]\nrecipe = 'mxfp8'\n"
+        "schedule = [{until = 0.5, recipe = 'bf16_amp'}]\n[guard]\non = true\nrollbacks = 3\n"
+    )
+    code, out, _ = run(capsys)
+    assert code == 0
+    left_out = [line for line in out.splitlines() if "of run.toml is left out" in line]
+    names = [line.split()[0] for line in left_out]
+    assert names == ["guard.on", "guard.rollbacks", "policy.schedule"]
+    assert read_sweep(home / "sweep").design.seeds == (4, 5)
+    _, out, _ = run(capsys, "--guard", out="other", seeds="0,1")
+    assert "policy.schedule of run.toml is left out: a sweep has --recipe" in out
+    assert "guard" not in out
 
 
 def test_two_data_sets_of_one_name_are_refused(home, texts, capsys):

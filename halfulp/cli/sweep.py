@@ -1,6 +1,7 @@
 """`halfulp sweep`: many runs that differ in recipe, learning rate, seed and data."""
 
 import math
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,10 +65,12 @@ def run(
         int, typer.Option("--jobs", "-j", help="Runs at a time (default: as many as have room).")
     ] = 0,
     time: Annotated[
-        str, typer.Option(help="Start no run that would not be done by then: 30m, 2h, 90s.")
-    ] = "",
+        str | None, typer.Option(help="Start no run that would not be done by then: 30m, 2h, 90s.")
+    ] = None,
     timeout: Annotated[str, typer.Option(help="End a run that makes no step for so long.")] = "10m",
-    ray: Annotated[str, typer.Option(help="Run on a Ray cluster: its address, or auto.")] = "",
+    ray: Annotated[
+        str | None, typer.Option(help="Run on a Ray cluster: its address, or auto.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the sweep at --out.")] = False,
 ) -> None:
     """Train every recipe × learning rate × seed × data set.
@@ -80,6 +83,8 @@ def run(
     named = {"config": config, "--recipe": recipe, "--lr": lr, "--seeds": seeds}
     named |= {"--reference": reference, "--data": data, "--set": set_}
     named |= {"--guard": guard or None, "--force": force or None, "--out": out}
+    if ray == "":
+        raise ConfigError("--ray is empty. Give the address of the cluster, or auto.")
     if resume is None:
         path = Path("sweep") if out is None else out
         design = _design(config, recipe, lr, seeds, reference, data, guard, set_)
@@ -89,8 +94,8 @@ def run(
     with SweepProgress(design) as progress:
         try:
             table = run_design(
-                design, path, jobs=jobs, time_s=_seconds("--time", time) if time else 0.0,
-                timeout_s=_seconds("--timeout", timeout), ray=ray, force=force,
+                design, path, jobs=jobs, time_s=0.0 if time is None else _seconds("--time", time),
+                timeout_s=_seconds("--timeout", timeout), ray=ray or "", force=force,
                 command=command_line().split(), on_event=progress.event,
             )  # fmt: skip
         except KeyboardInterrupt:
@@ -119,8 +124,10 @@ def _design(
         if given is None:
             raise ConfigError(f"{option} is missing. Give for example {option} {example}.")
     overrides = overrides_of({"policy": {}}, set_ or [])
-    _check_overrides(overrides)
-    return make_design(
+    own = {"--seeds": "," in (seeds or ""), "--data": bool(data), "--guard": guard}
+    for name, option in _overruled(overrides, own).items():
+        raise ConfigError(f"--set {name} has no effect on a sweep. Use {option}.")
+    design = make_design(
         load_config({} if config is None else config, overrides),
         recipes=words("--recipe", recipe or "", "bf16_amp,te_current"),
         lrs=rates(lr or ""),
@@ -129,18 +136,33 @@ def _design(
         data=_data_sets(data) if data else None,
         guard=guard,
     )
+    if config is not None:
+        _say_overruled(config, own)
+    return design
 
 
-def _check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> None:
-    """ConfigError for a --set that the sweep would overrule."""
+def _overruled(given: Mapping[str, Mapping[str, Any]], own: Mapping[str, bool]) -> dict[str, str]:
+    """What of `given` the sweep replaces, and by which option; `own` has the sweep's own ones."""
     options = {
         "train.lr": "--lr", "policy.recipe": "--recipe", "policy.file": "--recipe",
         "policy.schedule": "--recipe", "guard.on": "--guard", "run.out": "--out",
     }  # fmt: skip
-    for name, option in options.items():
-        section, _, key = name.partition(".")
-        if key in overrides.get(section, {}):
-            raise ConfigError(f"--set {name} has no effect on a sweep. Use {option}.")
+    options |= {"train.seed": "--seeds"} if own["--seeds"] else {}
+    options |= {"data.source": "--data"} if own["--data"] else {}
+    options |= {f"guard.{key}": "--guard" for key in given.get("guard", {}) if not own["--guard"]}
+    names = {f"{section}.{key}" for section, values in given.items() for key in values}
+    return {name: option for name, option in options.items() if name in names}
+
+
+def _say_overruled(config: Path, own: Mapping[str, bool]) -> None:
+    """Print what of the file is left out, but for values that an option has replaced."""
+    content = tomllib.loads(config.read_text(encoding="utf-8"))
+    if content.get("guard", {}).get("on") == own["--guard"]:
+        del content["guard"]["on"]
+    replaced = {"train.lr", "policy.recipe", "policy.file", "train.seed", "data.source"}
+    found = _overruled(content, own)
+    for name in sorted(found.keys() - replaced):
+        print(f"{name} of {config} is left out: a sweep has {found[name]}")
 
 
 def _resumed(path: Path, given: list[str]) -> "Design":

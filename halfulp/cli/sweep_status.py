@@ -20,7 +20,9 @@ _COLUMNS = (
 def status(
     path: Annotated[Path, typer.Argument(help="Directory of a sweep.")],
     watch: Annotated[bool, typer.Option("--watch", help="Until the sweep is done.")] = False,
-    every: Annotated[float, typer.Option(help="Seconds between two looks of --watch.")] = 5.0,
+    every: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between two looks of --watch.")
+    ] = 5.0,
 ) -> None:
     """Show what is done, running and failed."""
     from halfulp.sweep.status import status_of
@@ -30,7 +32,7 @@ def status(
         _show(found)
         if not watch or found.seconds_left == 0.0:
             return
-        time.sleep(max(every, 0.1))
+        time.sleep(every)
         print()
 
 
