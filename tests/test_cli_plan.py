@@ -25,7 +25,7 @@ def write_statistics(path) -> None:
     counts += [count("tokens:8", 127_700_000, 0.842)]
     Stats(
         paths=("tokens.bin",), files=1, text_bytes=None, symbols={"tokens": 272_000_000},
-        empty_documents=0, tokenizer=None, skipped={}, invalid={}, unmarked=(),
+        empty_documents=0, tokenizer=None, skipped={}, invalid={}, unmarked=(), split=False,
         counts={c.name: c for c in counts},
     ).save(path)  # fmt: skip
 
@@ -127,6 +127,13 @@ def test_bad_input_exits_with_two_and_a_cure(type_, text, said):
     assert code == 2
     assert said in err
     assert "Traceback" not in err + out
+
+
+def test_what_a_plan_reads_is_not_written(type_, tmp_path):
+    before = (tmp_path / "stats.json").read_bytes()
+    code, _, err = type_("--flops 1e20 --corpus stats.json --json stats.json --force")
+    assert (code, (tmp_path / "stats.json").read_bytes()) == (2, before)
+    assert "is read by this command" in err
 
 
 def test_nothing_is_written_where_the_plan_fails(type_, tmp_path):

@@ -73,6 +73,13 @@ def test_what_cannot_be_answered_is_exit_code_2(capsys, table, options, message)
     assert (code, message in err) == (2, True), err
 
 
+def test_the_table_of_runs_is_never_written(capsys, table):
+    before = Path(table).read_bytes()
+    code, _, err = run(capsys, "plan", "fit", table, "--bootstrap", "0", "-o", table, "--force")
+    assert (code, Path(table).read_bytes()) == (2, before)
+    assert "is read by this command" in err
+
+
 def test_files_are_not_replaced(capsys, table, tmp_path):
     kept = tmp_path / "fit.json"
     kept.write_text("mine")

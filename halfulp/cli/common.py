@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,22 @@ from halfulp.errors import ConfigError
 _COUNTS = {2: "two", 3: "three", 4: "four"}
 
 
-def check_outputs(options: dict[str, Path | None], *, force: bool) -> None:
-    """Before any work: ConfigError for outputs that exist, coincide, or have no directory."""
+def check_outputs(
+    options: dict[str, Path | None], *, force: bool, inputs: Iterable[Path | str | None] = ()
+) -> None:
+    """Before any work: ConfigError for outputs that exist, coincide, or have no directory.
+
+    What is read is not written, not even with `force`.
+    """
     given = {name: path for name, path in options.items() if path is not None}
     if len(set(given.values())) < len(given):
         raise ConfigError(
             f"two of {', '.join(options)} name the same file. Give {_COUNTS[len(options)]} names."
         )
+    read = {os.path.realpath(item) for item in inputs if item and os.path.exists(item)}
     for path in given.values():
+        if os.path.realpath(path) in read:
+            raise ConfigError(f"{path} is read by this command. Give another name for the output.")
         if path.exists() and not force:
             raise ConfigError(f"{path} exists. Give another name, or --force to replace it.")
         if path.is_dir() or not path.parent.is_dir():

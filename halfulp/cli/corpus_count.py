@@ -43,7 +43,7 @@ def stats(
 
     Exit codes: 0 done, 2 something is wrong, 3 no file is text, 130 stopped and resumable.
     """
-    check_outputs({"--json": json_}, force=force)
+    check_outputs({"--json": json_}, force=force, inputs=paths)
     config = options.config_of(
         words, tokens, windows, tokenizer, text_key, end_token, vocab, keep, bytes_
     )
@@ -87,9 +87,9 @@ def growth(
 
     Exit codes: 0 done, 2 something is wrong, 3 no file is text, 130 stopped and resumable.
     """
-    from halfulp.corpus.forecast import check_factor, forecast
+    from halfulp.corpus.forecast import check_factor, forecast, forecastable
 
-    check_outputs({"--json": json_, "--plot": plot}, force=force)
+    check_outputs({"--json": json_, "--plot": plot}, force=force, inputs=paths)
     asked = options.factors("--to", to)
     for factor in asked:
         check_factor(factor, allow_far=allow_far)
@@ -100,12 +100,14 @@ def growth(
     ahead = {
         name: [forecast(counted.tallies[name], factor, allow_far=allow_far) for factor in asked]
         for name, count in found.counts.items()
-        if count.distinct
+        if count.distinct and forecastable(counted.tallies[name])
     }
     _write(json_, plot, found, ahead)
     _print_head(found)
     _print_growth(found, ahead, asked)
     _print_notes(found)
+    if found.documents and len(ahead) < len(found.counts):
+        print("note: no forecast where there are fewer than about 8 documents or pieces")
 
 
 def _count(

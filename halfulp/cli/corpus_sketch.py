@@ -10,6 +10,7 @@ import typer
 from halfulp.cli import corpus_options as options
 from halfulp.cli.common import check_outputs
 from halfulp.cli.show import print_table
+from halfulp.errors import ConfigError
 
 if TYPE_CHECKING:
     from halfulp.corpus.overlap import Estimate
@@ -96,10 +97,10 @@ def overlap(
     Exit codes: 0 done, 2 something is wrong.
     """
     from halfulp.corpus.overlap import overlap as compared
-    from halfulp.corpus.sketch_file import load
+    from halfulp.corpus.sketch_file import load, paths_of
     from halfulp.data.cache import write_json
 
-    check_outputs({"--json": json_}, force=force)
+    check_outputs({"--json": json_}, force=force, inputs=(*paths_of(a), *paths_of(b)))
     first, second = load(a), load(b)
     found = compared(first, second)
     if json_ is not None:
@@ -124,6 +125,8 @@ def _named(out: Path, names: Sequence[str]) -> dict[str, Path]:
 
 
 def _hll(out: Path) -> Path:
+    if not out.name:
+        raise ConfigError(f"--out {str(out)!r} names no file. Give a name, such as shard.hll.")
     return out if out.suffix == ".hll" else out.with_name(f"{out.name}.hll")
 
 

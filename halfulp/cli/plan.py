@@ -76,7 +76,7 @@ def plan_run(
     from halfulp.plan.speeds import read_speeds
 
     outputs = {"--html": html, "--plot": plot, "--json": json_, "--write-config": write_config}
-    check_outputs(outputs, force=force)
+    check_outputs(outputs, force=force, inputs=(law, corpus, speed))
     _check_config_options(write_config, data, tokenizer, length)
     facts = None if corpus is None else read_facts(corpus)
     if unique_tokens is None and facts is not None:

@@ -47,7 +47,7 @@ def fit(
     from halfulp.plan.fit_file import content
     from halfulp.plan.run_directories import read_runs
 
-    check_outputs({"--json": json_, "--plot": plot}, force=force)
+    check_outputs({"--json": json_, "--plot": plot}, force=force, inputs=runs)
     if next_flops is not None and not bootstrap:
         raise ConfigError("--next-flops needs resamples. Leave out --bootstrap 0.")
     found = fit_law(read_runs(runs, precision=precision))
