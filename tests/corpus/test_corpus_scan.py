@@ -72,10 +72,10 @@ def test_words_lines_and_documents_are_those_of_a_set(tmp_path: Path, texts):
     assert found.tallies["lines"].sample.distinct == len(set(lines))
 
 
-@pytest.mark.parametrize("size", [1, 7, 64, 1000])
-def test_where_pieces_are_cut_changes_nothing(texts, size):
+@pytest.mark.parametrize(("size", "count"), [(2, 1), (7, 3), (64, 20), (1000, 63)])
+def test_where_pieces_are_cut_changes_nothing(texts, size, count):
     whole, cut = Words(), Words()
-    for text in texts:
+    for text in texts[:count]:
         data = text.encode()
         pieces = [data[i : i + size] for i in range(0, len(data), size)] or [b""]
         last = np.arange(len(pieces)) == len(pieces) - 1
