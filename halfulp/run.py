@@ -222,11 +222,17 @@ class Run:
     def _begin_writing(self) -> None:
         if self._events is not None:
             return
-        lock.acquire(self.path / "writer.lock")
         file = self.path / "events.jsonl"
-        _cut_torn_line(file, self.path / "events.torn")
-        self._written = _count_lines(file)
-        self._events = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            lock.acquire(self.path / "writer.lock")
+            _cut_torn_line(file, self.path / "events.torn")
+            self._written = _count_lines(file)
+            self._events = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise RunError(
+                f"{self.path} cannot be written to: {error.strerror or error}. Let this user "
+                "write there and make room, or go on with a copy elsewhere."
+            ) from error
 
     def _stop_writing(self) -> None:
         if self._events is not None:

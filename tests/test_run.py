@@ -194,6 +194,14 @@ def test_what_came_at_the_step_itself_stays(run):
     assert [e["event"] for e in run.events()] == ["checkpoint", "end", "start"]
 
 
+def test_a_run_that_cannot_be_written_is_an_answer(tmp_path):
+    create(tmp_path / "run").close()
+    (tmp_path / "run/events.jsonl").unlink()
+    (tmp_path / "run/events.jsonl").mkdir()
+    with pytest.raises(RunError, match="run cannot be written to: Is a directory"):
+        Run.open(tmp_path / "run").write("step", step=1)
+
+
 def test_a_full_disk_is_an_answer(run):
     run.write("start", step=0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
