@@ -26,6 +26,7 @@ def report_sweep(
 ) -> None:
     """Judge the sweep at `path`, print its verdicts and write its page."""
     check_outputs({"--out": out, "--json": json_}, force=force)
+    from halfulp.report.document import save
     from halfulp.report.sweep_executive import write_executive
     from halfulp.report.sweep_page import judge, write_sweep
 
@@ -39,7 +40,7 @@ def report_sweep(
         print(f"{str(verdict).removesuffix('.')}.")
     print(f"report: {out}")
     if json_ is not None:
-        json_.write_text(json.dumps(figures(judged), indent=1) + "\n", encoding="utf-8")
+        save(json.dumps(figures(judged), indent=1) + "\n", json_)
         print(f"figures: {json_}")
 
 
