@@ -1,3 +1,4 @@
+import io
 import os
 import re
 import signal
@@ -150,6 +151,16 @@ def test_flags_override_the_file(capsys, tmp_path, text):
     assert config["train"]["lr"] == 0.5
     assert config["policy"]["recipe"] == "fp32"
     assert config["policy"]["file"] == ""
+
+
+def test_a_number_keeps_its_sign_where_the_terminal_has_none(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr("halfulp.cli.app.app", lambda _: print("loss −0.055 nats", flush=True))
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 0
+    assert shown.getvalue() == b"loss \\u22120.055 nats\n"
 
 
 def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(

@@ -1,5 +1,6 @@
 """The command line: one thin file per command."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     from halfulp.cli.app import app
     from halfulp.errors import HalfulpError
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that knows no "−" or "×" shows their codes, and not a number without its sign.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(arguments)
     except HalfulpError as error:
