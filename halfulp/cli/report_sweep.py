@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfulp.cli.common import check_outputs, command_line, plain
+from halfulp.cli.sweep_progress import damaged
 from halfulp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def report_sweep(
         write_executive(judged, out, language=language, title=title, force=force, command=command)
     else:
         write_sweep(judged, out, title=title, force=force)
+    for line in judged.table.damaged:
+        print(damaged(line))
     for verdict in judged.verdicts:
         print(f"{str(verdict).removesuffix('.')}.")
     print(f"report: {out}")

@@ -1,6 +1,7 @@
 """`halfulp report` on sweeps: what it prints and writes, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import sweeps
@@ -46,6 +47,16 @@ def test_verdicts_are_printed_and_figures_written(sweep, tmp_path, capsys):
     assert losses.count("NaN") == 6  # fp8_unscaled diverges at two rates
     assert found["money"]["costs"][1]["ratio"]["value"] == pytest.approx(1 / 1.35, rel=0.02)
     assert "What it costs until one run has succeeded" in page.read_text()
+
+
+def test_damaged_results_are_said_before_the_verdict(sweep, tmp_path, capsys):
+    spoiled = shutil.copytree(sweep, tmp_path / "spoiled")
+    with open(spoiled / "events.jsonl", "a", encoding="utf-8") as events:
+        events.write("{ damaged\n")
+    code, out, _ = call(capsys, spoiled, "-o", tmp_path / "s.html", "--executive")
+    assert code == 0
+    assert out.startswith("damaged: ")
+    assert "is not a JSON object" in out.splitlines()[0]
 
 
 def test_the_executive_page_names_the_command(sweep, tmp_path, capsys):
