@@ -16,6 +16,8 @@ from halfulp.corpus.tally import Tally
 from halfulp.errors import DataError
 
 FARTHEST = 8.0
+FARTHEST_ALLOWED = 1e6
+_LEAST_UNITS = 8
 _NORMAL_80 = 1.2816  # the 10 % and 90 % points of a normal distribution
 _CURVATURE_RANGE = 16.0  # the last factor of the corpus to which the quadratic is fitted
 # Errors of both methods over n = 2 … 32 on a shuffled corpus of 969 MB: log2 of the factor, the
@@ -44,27 +46,40 @@ def forecast(tally: Tally, factor: float, *, allow_far: bool = False) -> Forecas
 
     The band joins the jackknife over documents, the error of the sample, the known errors of the
     method, and the backtest.
-    Raises DataError for a factor below 1 or, unless `allow_far`, above FARTHEST, and for an empty
-    corpus.
+    Raises DataError for a factor below 1 or, unless `allow_far`, above FARTHEST, for an empty
+    corpus, and for one that is not `forecastable`.
     """
     check_factor(factor, allow_far=allow_far)
     record = Record(tally)
     whole = record.part()
     if not whole.distinct:
         raise DataError("there is nothing to forecast: the corpus holds no such sequence.")
+    if not forecastable(tally):
+        raise DataError(
+            f"a forecast needs {_LEAST_UNITS} documents or pieces with such sequences at least. "
+            "Count more text."
+        )
     expected = whole.distinct * grown(whole, factor)
     spread = jackknife(record, lambda part: math.log(grown(part, factor))) or 0.0
     spread = math.hypot(spread, tally.sample.rel_std)
     back = _backtest(record, whole, factor)
     least, largest = _errors(factor, back)
+    # Each further part of the same size brings as many sequences as the first one at most.
+    most = factor * whole.distinct * math.exp(_NORMAL_80 * tally.sample.rel_std)
     return Forecast(
         factor,
         expected,
         max(whole.distinct, expected / (1 + largest) * math.exp(-_NORMAL_80 * spread)),
-        expected / (1 + least) * math.exp(_NORMAL_80 * spread),
+        max(expected, min(most, expected / (1 + least) * math.exp(_NORMAL_80 * spread))),
         "Good-Toulmin" if factor <= 2 else "quadratic",
         back,
     )
+
+
+def forecastable(tally: Tally) -> bool:
+    """Whether there are documents or pieces enough to draw a curve and its error from."""
+    # Units in different cells are different, and few share one.
+    return np.count_nonzero(tally.steps) >= _LEAST_UNITS
 
 
 def grown(part: Part, factor: float) -> float:
@@ -117,8 +132,11 @@ def _errors(factor: float, backtest: float | None) -> tuple[float, float]:
 
 def check_factor(factor: float, *, allow_far: bool) -> None:
     """DataError for a factor that `forecast` refuses."""
-    if not factor >= 1 or math.isinf(factor):
-        raise DataError(f"a corpus of {factor} times the size was asked for; give 1 or more.")
+    if not 1 <= factor <= FARTHEST_ALLOWED:
+        raise DataError(
+            f"a corpus of {factor:g} times the size was asked for; give 1 to "
+            f"{FARTHEST_ALLOWED:,.0f}."
+        )
     if factor > FARTHEST and not allow_far:
         raise DataError(
             f"a corpus of {factor:g} times the size was asked for, and the forecast has been tried "

@@ -31,7 +31,7 @@ class Part:
     @property
     def slope(self) -> float:
         """d log(distinct) / d log(corpus) at its end: f_1 / U; NaN for an empty part."""
-        return float(self.frequencies[0] / self.distinct) if self.distinct else math.nan
+        return min(1.0, float(self.frequencies[0] / self.distinct)) if self.distinct else math.nan
 
 
 class Record:
@@ -52,6 +52,8 @@ class Record:
         counts = np.bincount(units_of(keys), minlength=MOST_UNITS + 1) << self._shift
         lowest = np.bincount(steps[key_starts(keys)], minlength=STEPS) << self._shift
         curve = np.stack([_from_the_end(totals), _from_the_end(lowest)], 1)[from_step:]
+        if self._shift:  # an estimate may exceed what there is
+            curve[:, 1] = np.minimum(curve[:, 1], curve[:, 0])
         return Part(
             int(curve[0, 0]), int(curve[0, 1]), counts[1:MOST_UNITS], curve[curve[:, 0] > 0]
         )
@@ -171,5 +173,9 @@ def _order_exponent(tally: Tally, whole: Part, symbols: Mapping[int, int]) -> fl
     bases[list(base)] = list(base.values())
     first = tally.sample.least
     place = bases[first >> np.uint64(PLACE_BITS)] + (first & np.uint64((1 << PLACE_BITS) - 1))
-    early = int((place < total // 2).sum()) << tally.sample.shift
-    return math.log2(whole.distinct / early) if early else None
+    late = place >= total // 2
+    early = int((~late).sum()) << tally.sample.shift
+    if not (early and late.any()):
+        return None
+    # A place is where a unit begins: those that begin in the first half end beyond it.
+    return math.log(whole.distinct / early) / math.log(total / int(place[late].min()))

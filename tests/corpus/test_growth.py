@@ -79,14 +79,48 @@ def test_half_a_corpus_forecasts_the_whole(tmp_path, n):
 
 
 def test_forecasts_are_refused_beyond_their_range(tmp_path):
-    (tmp_path / "a.txt").write_text(" ".join(heaps_text(1, 500)))
-    tally = counted([tmp_path / "a.txt"], words=(1,)).tallies["words:1"]
+    for i, text in enumerate(heaps_text(64, 50)):
+        (tmp_path / f"{i}.txt").write_text(text)
+    tally = counted([tmp_path], words=(1,)).tallies["words:1"]
     for factor in (8.1, 0.9, math.inf, math.nan):
         with pytest.raises(DataError):
             forecast(tally, factor)
+    with pytest.raises(DataError, match="give 1 to 1,000,000"):
+        forecast(tally, 1e300, allow_far=True)
     far, near = forecast(tally, 64, allow_far=True), forecast(tally, 8)
     assert far.distinct >= near.distinct
     assert far.high / far.low > near.high / near.low
+
+
+def test_a_few_documents_forecast_nothing_and_no_band_promises_more_than_there_can_be(tmp_path):
+    texts = heaps_text(40, 60)
+    for i in (0, 1):
+        (tmp_path / f"{i}.txt").write_text(texts[i])
+    few = counted([tmp_path], words=(1,)).tallies["words:1"]
+    with pytest.raises(DataError, match="a forecast needs 8 documents"):
+        forecast(few, 2)
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    for name, tally in counted([tmp_path], words=(1, 8)).tallies.items():
+        for factor in (2.0, 4.0, 8.0):
+            found = forecast(tally, factor)
+            most = factor * growth(name, tally).distinct
+            assert found.low <= found.distinct <= found.high <= max(most, found.distinct) * 1.0001
+
+
+def test_more_than_there_are_is_never_estimated(tmp_path):
+    """30,000 different sequences of each length, estimated from samples that share no key.
+
+    Without a limit half of the 24 estimates exceed them: none does with probability 2^−24.
+    """
+    write_tokens(tmp_path / "t.bin", [np.arange(30_000)], vocab=30_000)
+    lengths = tuple(range(1, 25))
+    found = stats([tmp_path / "t.bin"], tokens=lengths, keep=25 * 300).counts
+    for n in lengths:
+        count = found[f"tokens:{n}"]
+        assert not count.exact
+        assert 0.7 * count.occurrences < count.distinct <= count.occurrences
+        assert count.slope <= 1
 
 
 def test_good_toulmin_is_the_sum_of_its_paper():
@@ -127,6 +161,14 @@ def test_a_few_long_documents_are_no_order(tmp_path):
     for i, length in enumerate(lengths):
         (tmp_path / f"{i:04d}.txt").write_text(heaps_text(1, int(length))[0])
     assert stats([tmp_path], words=(1, 2)).shuffled
+
+
+def test_random_tokens_are_shuffled_however_few_pieces_there_are(tmp_path):
+    """13 pieces of which 7 begin in the first half: no reason to call it ordered."""
+    write_tokens(tmp_path / "t.bin", [RNG.integers(0, 1000, 50_001)], vocab=1000)
+    found = stats([tmp_path / "t.bin"], tokens=(1, 2, 4))
+    assert found.counts["tokens:4"].order_exponent == pytest.approx(1.0, abs=0.01)
+    assert found.shuffled
 
 
 def test_a_corpus_twice_over_has_the_same_sequences(tmp_path):
