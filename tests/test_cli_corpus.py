@@ -86,6 +86,43 @@ def test_nothing_is_overwritten_without_force(capsys, folder, tmp_path):
     assert load_stats(path).files == 60
 
 
+@pytest.mark.parametrize("command", ["stats", "growth"])
+def test_what_is_counted_is_not_written(capsys, folder, command):
+    text = folder / "00.txt"
+    before = text.read_bytes()
+    code, _, err = run(capsys, command, text, "-o", text, "--force")
+    assert (code, text.read_bytes()) == (2, before)
+    assert "is read by this command" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("stats", ""), "a path is empty"),
+        (("stats", "a.txt", "--words", ""), "for example 1,2,4,8"),
+        (("growth", "a.txt", "--to", ""), "for example 2,4,8"),
+        (("growth", "a.txt", "--to", "1e300", "--allow-far"), "give 1 to 1,000,000"),
+        (("stats", "a.txt", "-j", "-1"), "greater than or equal to 0"),
+        (("stats", "t.bin", "--end-token", "70000"), "cannot hold the end token 70000"),
+        (("stats", "t.bin", "--vocab", "50", "--end-token", "50"), "its tokens end at 49"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(capsys, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some words")
+    np.arange(50, dtype="<u2").tofile(tmp_path / "t.bin")
+    code, out, err = run(capsys, *arguments, *([] if "-j" in arguments else ["-j", "1"]))
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+def test_a_few_documents_are_counted_and_not_forecast(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text(text_of(0, 300))
+    code, out, _ = run(capsys, "growth", tmp_path / "a.txt", "--words", "1", "-j", "1")
+    assert code == 0
+    assert "note: no forecast where there are fewer" in out
+
+
 def test_growth_prints_forecasts_and_draws(capsys, folder, tmp_path):
     plot, out_file = tmp_path / "g.svg", tmp_path / "g.json"
     code, out, _ = run(

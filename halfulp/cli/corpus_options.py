@@ -56,7 +56,9 @@ Keep = Annotated[
 ForceBytes = Annotated[
     bool, typer.Option("--bytes", help="Count files that are no UTF-8 text as well.")
 ]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Processes (default: one per core).")]
+Jobs = Annotated[
+    int, typer.Option("--jobs", "-j", min=0, help="Processes (default: one per core).")
+]
 Ray = Annotated[str, typer.Option(help="Count on a Ray cluster: its address, or auto.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the same count, which was stopped.")
@@ -99,7 +101,7 @@ def lengths(option: str, text: str | None) -> tuple[int, ...]:
     """The whole numbers between commas, none for None; ConfigError for anything else."""
     if text is None:
         return ()
-    found = words(option, text)
+    found = words(option, text, "1,2,4,8")
     if not all(word.isascii() and word.isdigit() for word in found):
         raise ConfigError(f"{option} {text!r} is not understood. Give whole numbers: 1,2,4,8.")
     return tuple(map(int, found))
@@ -108,7 +110,7 @@ def lengths(option: str, text: str | None) -> tuple[int, ...]:
 def factors(option: str, text: str) -> tuple[float, ...]:
     """The numbers between commas; ConfigError for anything else."""
     try:
-        found = tuple(float(word) for word in words(option, text))
+        found = tuple(float(word) for word in words(option, text, "2,4,8"))
     except ValueError as error:
         raise ConfigError(f"{option} {text!r} is not understood. Give numbers: 2,4,8.") from error
     if not all(1 <= factor < math.inf for factor in found):

@@ -37,6 +37,8 @@ def corpus_files(paths: Sequence[str]) -> tuple[SourceFile, ...]:
     """
     files: list[SourceFile] = []
     for item in paths:
+        if not item:
+            raise DataError("a path is empty; the folder that you are in is called '.'.")
         try:
             files += stdlib_files() if item == STDLIB else _named(Path(item).expanduser())
         except OSError as error:

@@ -1,5 +1,6 @@
 """Sketches at rest: NAME.hll, NAME.theta and NAME.hll.json, which says what was counted."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -146,9 +147,15 @@ def facts_of(sketch: Sketch) -> dict[str, Any]:
 def _read(facts: dict[str, Any] | None, hll: Hll, theta: Theta) -> Sketch:
     if facts is None or facts["format"] != _FORMAT:
         raise ValueError(f"it is no JSON of the format {_FORMAT!r}")
+    amounts = Amounts(**facts["amounts"])
+    if not all(type(value) is int and value >= 0 for value in asdict(amounts).values()):
+        raise ValueError(f"its amounts are {facts['amounts']}")
+    # Another version may sum in another order, so that its last digits differ.
+    if not math.isclose(facts["distinct"], hll.estimate(), rel_tol=1e-6):
+        raise ValueError(f"it is of a sketch of {facts['distinct']} sequences")
     return Sketch(
         definition=Definition(**facts["definition"]),
-        amounts=Amounts(**facts["amounts"]),
+        amounts=amounts,
         hll=hll,
         theta=theta,
         checkpoints=tuple((int(at), float(distinct)) for at, distinct in facts["checkpoints"]),

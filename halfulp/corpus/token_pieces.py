@@ -29,6 +29,7 @@ def token_pieces(path: Path, config: CountConfig, unmarked: list[str]) -> Iterat
     """
     file = read_token_file(path)
     end = file.end_of_document if config.end_token is None else config.end_token
+    _check_end(file, end, config.vocab or file.vocab)
     if end is None and file.ends is None:
         unmarked.append(str(path))
     done, open_ = 0, False
@@ -77,6 +78,15 @@ def _cut(tokens: np.ndarray, last: bool) -> Iterator[TokenPiece]:
         at += PIECE
     if last or len(tokens) > at:
         yield TokenPiece(tokens[at:], last)
+
+
+def _check_end(file: TokenFile, end: int | None, vocab: int | None) -> None:
+    most = np.iinfo(file.tokens.dtype).max if vocab is None else vocab - 1
+    if end is not None and end > most:
+        raise DataError(
+            f"{file.path} ({file.note}) cannot hold the end token {end}: its tokens end at {most}. "
+            "Give the token that ends its documents."
+        )
 
 
 def _check(file: TokenFile, chunk: np.ndarray, done: int, vocab: int | None) -> None:

@@ -68,6 +68,26 @@ def test_a_broken_side_car_is_named(tmp_path, text):
         load(path)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"distinct": 51.0},
+        {"amounts": {"documents": 1, "symbols": 50, "occurrences": "50", "text_bytes": 9}},
+        {"amounts": {"documents": 1, "symbols": 50, "occurrences": -50, "text_bytes": 9}},
+    ],
+)
+def test_a_side_car_of_another_sketch_or_edited_is_named(tmp_path, edit):
+    path = tmp_path / "a.hll"
+    save(sketch(0, 50), path)
+    sidecar = paths_of(path)[2]
+    facts = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps(facts | edit))
+    with pytest.raises(DataError, match=r"a\.hll\.json does not say what .* Make the sketch again"):
+        load(path)
+    sidecar.write_text(json.dumps(facts))
+    assert load(path).amounts.occurrences == 50
+
+
 def test_the_union_is_the_sketch_of_everything():
     whole = sketch(0, 9000)
     for cut in (1, 4000):
