@@ -64,6 +64,7 @@ def test_fit_without_resamples_has_no_band(capsys, table):
         (("--bootstrap", "20", "--seed", "-1"), "Give 0 or more"),
         (("--bootstrap", "0", "--next-flops", "1e19"), "--next-flops needs resamples"),
         (("--bootstrap", "20", "--next-flops", "1"), "smallest useful run"),
+        (("--bootstrap", "20", "--next-flops", "inf"), "cannot be paid"),
         (("--precision", "bf16"), "no run has the precision"),
         (("--plot", "nowhere/f.svg"), "cannot be written"),
     ],

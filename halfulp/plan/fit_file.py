@@ -1,7 +1,6 @@
 """fit.json: a law fitted to one's own runs, with what a plan needs to know of them."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from halfulp.errors import PlanError
 from halfulp.plan.bootstrap import Bootstrap, bootstrap
 from halfulp.plan.fit import COEFFICIENTS, Fit, fit
 from halfulp.plan.run_directories import read_runs
+
+_LEAST, _MOST = 1e-30, 1e30
 
 
 def fit_file(path: Path, *, draws: int = 1000) -> dict[str, Any]:
@@ -56,9 +57,18 @@ def read_fit(path: Path) -> dict[str, Any]:
             _check_numbers(draw)
             if len(draw) != len(COEFFICIENTS):
                 raise ValueError("a resample has not five coefficients")
-        for low, high in found["ranges"].values():
+        for name in ("N", "D", "C"):
+            low, high = found["ranges"][name]
             _check_numbers([low, high])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if low > high:
+                raise ValueError(f"the range of {name} ends below its beginning")
+        if type(found["runs"]) is not int or not isinstance(found.get("notes", []), list):
+            raise ValueError("runs is no whole number, or notes are no list")
+    except FileNotFoundError as error:
+        raise PlanError(
+            f"the fit {path} does not exist. Make it with: halfulp plan fit runs.csv -o {path}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlanError(
             f"{path} is no fit of `halfulp plan fit -o`: {type(error).__name__}: {error}. "
             "Fit the runs again."
@@ -67,6 +77,7 @@ def read_fit(path: Path) -> dict[str, Any]:
 
 
 def _check_numbers(values: Sequence[float]) -> None:
+    """Coefficients and ranges of any law are far inside these limits; powers of them must be."""
     for value in values:
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{value!r} is no positive number")
+        if isinstance(value, bool) or not _LEAST < value < _MOST:
+            raise ValueError(f"{value!r} is no number between {_LEAST:g} and {_MOST:g}")

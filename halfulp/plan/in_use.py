@@ -37,8 +37,13 @@ class LawInUse:
     @property
     def about_band(self) -> str:
         """How the band was made, or why there is none."""
-        if not self.draws:
+        if not self.draws and self.law.name in law_names():
             return f"{self.law.name}: no errors that could make a band are published"
+        if not self.draws:
+            return (
+                f"{self.law.name} holds too few resamples for the ends of a band; fit again with "
+                f"--bootstrap {FEWEST_DRAWS} or more"
+            )
         return (
             f"the middle {100 * BAND:.0f} % of {len(self.draws)} refits on resampled runs: the "
             "error of the law alone, without that of a seed, of your data or of your tokenizer"

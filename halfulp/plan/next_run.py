@@ -42,6 +42,8 @@ def next_run(boot: Bootstrap, flops: float | None = None, *, reach: float = REAC
     """
     runs, law = boot.fit.runs, boot.fit.law
     most = float(runs.flops.max()) if flops is None else flops
+    if math.isinf(most):
+        raise PlanError("a run of inf FLOPs cannot be paid. Give a number, such as 1e20.")
     target = reach * float(runs.flops.max())
     n, d = _places(boot, most)
     known = _logs(boot, *map(np.atleast_1d, law.allocate(target)))[:, 0]

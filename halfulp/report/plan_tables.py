@@ -96,7 +96,7 @@ def loss_text(o: Option) -> str:
     """The loss with its band."""
     text = f"{nats(o.loss_nats)} nats/token"
     if o.band_nats is None:
-        return f"{text}, no band: the law has no published errors"
+        return f"{text}, no band: a note says why"
     return f"{text}, 80 % band {nats(o.band_nats[0])} to {nats(o.band_nats[1])}"
 
 

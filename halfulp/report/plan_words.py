@@ -19,7 +19,7 @@ TEXTS = {
         "loss": "The expected loss is {loss} nats per token{band}.",
         "band": " (most likely {low} to {high}: four chances in five if your text is like the "
         "text behind the forecast)",
-        "no_band": "; how far off that may be is not known, as this law has no published errors",
+        "no_band": "; how far off that may be is not known",
         "doubled": "Twice the budget would lower it by {gain} nats, which makes the model's "
         "uncertainty about the next word (perplexity) {percent} smaller.",
         "precision_pays": "By all published figures {precision} gives a lower loss than BF16 for "
@@ -42,7 +42,7 @@ TEXTS = {
         "days": "(GPU {gpus} 台で約 {days} 日)",
         "loss": "予想される損失は 1 トークンあたり {loss} ナットです{band}。",
         "band": "(お使いの文章が予測の元になった文章と似ていれば、80 % の確率で {low}〜{high})",
-        "no_band": "(この法則には誤差が公表されていないため、どの程度外れるかは分かりません)",
+        "no_band": "(どの程度外れるかは分かりません)",
         "doubled": "予算を 2 倍にすると損失は {gain} ナット下がり、次の単語についてのモデルの迷い"
         "(パープレキシティ)は {percent} 小さくなります。",
         "precision_pays": "公表されている数値によれば、同じ GPU 時間で {precision} は BF16 より低い"

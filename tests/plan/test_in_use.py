@@ -61,14 +61,18 @@ def chinchilla_of():
 
 def test_too_few_refits_make_no_band(tmp_path):
     few = [[1.8, 400.0, 1500.0, 0.34, 0.36]] * (FEWEST_DRAWS - 1)
-    assert open_law(write(tmp_path / "fit.json", draws=few)).band(1e9, 1e10, INF) is None
+    law = open_law(write(tmp_path / "fit.json", draws=few))
+    assert law.band(1e9, 1e10, INF) is None
+    assert "--bootstrap 100 or more" in law.about_band
     assert open_law(write(tmp_path / "fit.json", draws=[])).band(1e9, 1e10, INF) is None
 
 
 @pytest.mark.parametrize(
     "changes",
     [{"kind": "plan"}, {"coefficients": {"E": 1.0}}, {"draws": [[1.0]]}, {"draws": 3},
-     {"ranges": None}],
+     {"ranges": None}, {"ranges": {"N": [1e9, 1e7], "D": [1e8, 1e10], "C": [1e16, 1e19]}},
+     {"ranges": {"N": [1e7, 1e9]}}, {"runs": "many"}, {"notes": 5},
+     {"coefficients": COEFFICIENTS | {"A": 1e300}}, {"coefficients": COEFFICIENTS | {"E": True}}],
 )  # fmt: skip
 def test_what_is_no_fit_is_refused(tmp_path, changes):
     with pytest.raises(PlanError, match="no fit"):
