@@ -15,10 +15,12 @@ from halfulp.plan.optimum import Setting
 from halfulp.plan.options import Comparison, Option, Way, compare
 from halfulp.plan.precisions import PRECISIONS, precision_of
 from halfulp.plan.rates import Rates, between, deepseek, steplaw
+from halfulp.plan.search import root_log
 from halfulp.plan.shape import Shape, shape_of
 from halfulp.speedups import BF16, Speed, speed_of
 
 KINDS = ("gpu_hours", "money_usd", "flops", "target_loss_nats")
+LEAST_GAIN_NATS = 1e-5  # by twice the compute; below, the optimum is too flat to be one
 FEWEST, MOST = 1e3, 1e18  # parameters and tokens beyond which only a wrong unit leads
 
 
@@ -94,7 +96,9 @@ def plan(
     refused |= out_of_reach
     ways = {name: ways[name] for name in options}
     name, why = _choose(budget[0], precision, options)
-    _check_size(options[name])
+    _check_size(options[name], budget[0])
+    if unique_tokens is not None:
+        _check_worth(ways[name], options[name], budget[0])
     return Plan(
         gpu=rented, gpus=gpus, mfu=mfu, price=price, law=used, budget=budget, refused=refused,
         why=why, served_tokens=serve_tokens, **_bought(name, ways, options),
@@ -136,8 +140,9 @@ def _one_budget(*amounts: float | None) -> tuple[str, float]:
     given = [(k, a) for k, a in zip(KINDS, amounts, strict=True) if a is not None]
     if len(given) != 1:
         said = " and ".join(kind for kind, _ in given) or "none"
+        was = "were" if given else "was"
         raise PlanError(
-            f"exactly one budget makes a plan, and {said} was given. Give one of GPU-hours, "
+            f"exactly one budget makes a plan, and {said} {was} given. Give one of GPU-hours, "
             "money, FLOPs and a target loss."
         )
     kind, amount = given[0]
@@ -149,7 +154,7 @@ def _one_budget(*amounts: float | None) -> tuple[str, float]:
 def _check_numbers(unique: float | None, served: float, gpus: int | None) -> None:
     if unique is not None and not (math.isfinite(unique) and unique >= 1e3):
         raise PlanError(
-            f"{unique:g} unique tokens are too few: the unit is one token, not millions or "
+            f"{unique:g} unique tokens cannot be planned with: the unit is one token, not millions or "
             "billions. Give for example 3e9."
         )
     if not (math.isfinite(served) and served >= 0):
@@ -158,15 +163,33 @@ def _check_numbers(unique: float | None, served: float, gpus: int | None) -> Non
         raise PlanError(f"{gpus} GPUs train nothing. Give 1 or more.")
 
 
-def _check_size(chosen: Option) -> None:
+def _check_size(chosen: Option, kind: str) -> None:
     sizes = chosen.parameters, chosen.tokens
     if min(sizes) < FEWEST or max(sizes) > MOST:
-        side = "larger" if min(sizes) < FEWEST else "smaller"
+        small = min(sizes) < FEWEST
+        what = "target" if kind == "target_loss_nats" else "budget"
+        side = "larger" if small != (what == "target") else "smaller"
         raise PlanError(
             f"the optimum has {chosen.parameters:.3g} parameters and {chosen.tokens:.3g} tokens: "
             "no law reaches there, and a unit may be off (FLOPs, not TFLOPs; GPU-hours, not "
-            f"seconds). Give a {side} budget."
+            f"seconds). Give a {side} {what}."
         )
+
+
+def _check_worth(way: Way, chosen: Option, kind: str) -> None:
+    """PlanError where repeated tokens are worn out: every size of the model is as good."""
+    if kind == "target_loss_nats" or way.gain_of_twice(chosen.flops) >= LEAST_GAIN_NATS:
+        return
+    enough = root_log(
+        lambda c: way.gain_of_twice(c) - LEAST_GAIN_NATS, chosen.flops / 2**60, chosen.flops
+    )
+    cure = "" if enough is None else f" {enough:.3g} FLOPs ({enough / way.flops_per_hour:.3g} "
+    raise PlanError(
+        f"{chosen.unique_tokens:.3g} unique tokens cannot use {chosen.flops:.3g} FLOPs: seen "
+        f"{chosen.epochs:.3g} times, they have no more to teach, and every size of the model comes "
+        f"out alike.{cure and cure + 'GPU-hours) get all that can be had.'} "
+        "Give a smaller budget, or more unique tokens."
+    )
 
 
 def _way(

@@ -83,6 +83,10 @@ class Way:
             serving_gpu_hours=serving / self.flops_per_hour,
         )
 
+    def gain_of_twice(self, flops: float) -> float:
+        """What twice the compute lowers the loss by, in nats per token."""
+        return self.setting.least_loss(flops) - self.setting.least_loss(2 * flops)
+
     def optimum_after(self, gpu_hours: float) -> tuple[float, float]:
         """Parameters and tokens of `gpu_hours`."""
         return self.setting.optimum(gpu_hours * self.flops_per_hour)

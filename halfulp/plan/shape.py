@@ -31,7 +31,7 @@ def shape_of(parameters: float) -> Shape:
     if parameters < 1e5:
         raise PlanError(
             f"{parameters:.3g} parameters are fewer than a transformer is planned with. "
-            "Give a larger budget."
+            "Give a larger budget, or a smaller target loss."
         )
     ideal = (parameters * ASPECT / PER_LAYER) ** (1 / 3)
     widths = range(HEAD, int(4 * ideal) + 2 * HEAD, HEAD)
