@@ -79,7 +79,7 @@ def forecast(tally: Tally, factor: float, *, allow_far: bool = False) -> Forecas
 def forecastable(tally: Tally) -> bool:
     """Whether there are documents or pieces enough to draw a curve and its error from."""
     # Units in different cells are different, and few share one.
-    return np.count_nonzero(tally.steps) >= _LEAST_UNITS
+    return bool(np.count_nonzero(tally.steps) >= _LEAST_UNITS)
 
 
 def grown(part: Part, factor: float) -> float:

@@ -154,8 +154,8 @@ def _one_budget(*amounts: float | None) -> tuple[str, float]:
 def _check_numbers(unique: float | None, served: float, gpus: int | None) -> None:
     if unique is not None and not (math.isfinite(unique) and unique >= 1e3):
         raise PlanError(
-            f"{unique:g} unique tokens cannot be planned with: the unit is one token, not millions or "
-            "billions. Give for example 3e9."
+            f"{unique:g} unique tokens cannot be planned with: the unit is one token, not millions "
+            "or billions. Give for example 3e9."
         )
     if not (math.isfinite(served) and served >= 0):
         raise PlanError(f"{served:g} served tokens are impossible. Give 0 or more.")

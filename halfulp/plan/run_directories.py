@@ -23,9 +23,9 @@ def read_runs(paths: Sequence[Path], *, precision: str = "") -> Runs:
     for path in paths:
         _read(path, found)
     if not found.rows:
-        out = "; ".join(found.notes()) or "no run directory and no sweep"
+        out = "; ".join(found.notes()) or "no row of a table, no run directory and no sweep"
         raise PlanError(
-            f"{', '.join(map(str, paths))} hold no finished run ({out}). Give a CSV file with "
+            f"no finished run in {', '.join(map(str, paths))} ({out}). Give a CSV file with "
             "N, D and loss, run directories, or sweeps."
         )
     if len(found.texts) > 1:

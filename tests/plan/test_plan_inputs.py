@@ -72,7 +72,8 @@ def counted(path, **changes):
     values = {
         "paths": ("text",), "files": 3, "text_bytes": 10**9, "empty_documents": 0,
         "symbols": {"words": 300_000_000, "tokens": 270_000_000}, "tokenizer": tokenizer,
-        "skipped": {}, "invalid": {}, "unmarked": (), "split": False, "counts": {c.name: c for c in counts},
+        "skipped": {}, "invalid": {}, "unmarked": (), "split": False,
+        "counts": {c.name: c for c in counts},
     }  # fmt: skip
     Stats(**(values | changes)).save(path)
     return path
