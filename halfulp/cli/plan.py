@@ -109,7 +109,7 @@ def _no_options(context: typer.Context) -> None:
 def _check_config_options(
     write_config: Path | None, data: list[str] | None, tokenizer: str | None, length: int | None
 ) -> None:
-    if write_config is not None and not data:
+    if write_config is not None and not (data and all(data)):
         raise ConfigError(
             "--write-config needs the text of the run: give --data PATH, or --data stdlib."
         )
