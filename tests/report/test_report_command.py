@@ -3,8 +3,8 @@
 import json
 import shutil
 
+import judged_sweeps as sweeps
 import pytest
-import sweeps
 import synthetic
 
 from halfulp.cli import main

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import browser
+import judged_sweeps as sweeps
 import pytest
-import sweeps
 
 from halfulp.errors import ConfigError
 from halfulp.report import sweep_words

@@ -3,8 +3,8 @@ import re
 from dataclasses import replace
 
 import browser
+import judged_sweeps as sweeps
 import pytest
-import sweeps
 from test_page import HOSTILE, Page
 
 from halfulp.errors import ConfigError, RunError
