@@ -178,3 +178,17 @@ def test_help_names_every_budget(type_):
     assert code == 0
     for option in ("--gpu-hours", "--money", "--flops", "--target-loss", "laws", "kausik"):
         assert option in out
+
+
+@pytest.mark.parametrize(
+    ("language", "measured", "published"),
+    [("en", "At the speed that you gave, FP8", "By all published figures FP8"),
+     ("ja", "ご指定の速度では", "公表されている数値")],
+)  # fmt: skip
+def test_the_paragraph_says_whose_speed_it_is(type_, language, measured, published):
+    own = type_(f"--gpu-hours 1000 --speed fp8=1.6 --language {language}")[1]
+    assert measured in own
+    assert published not in own
+    theirs = type_(f"--gpu-hours 1000 --language {language}")[1]
+    assert published in theirs
+    assert measured not in theirs

@@ -24,6 +24,8 @@ TEXTS = {
         "uncertainty about the next word (perplexity) {percent} smaller.",
         "precision_pays": "By all published figures {precision} gives a lower loss than BF16 for "
         "the same GPU time.",
+        "precision_pays_measured": "At the speed that you gave, {precision} gives a lower loss than "
+        "BF16 for the same GPU time.",
         "precision_open": "Whether {precision} really pays is open: it has to be at least {speed} "
         "times as fast as BF16 on your machines ({low} to {high} times is on record), and to add "
         "less than {margin} times the loss that is forecast for it. Try both on a short run "
@@ -46,6 +48,8 @@ TEXTS = {
         "doubled": "予算を 2 倍にすると損失は {gain} ナット下がり、次の単語についてのモデルの迷い"
         "(パープレキシティ)は {percent} 小さくなります。",
         "precision_pays": "公表されている数値によれば、同じ GPU 時間で {precision} は BF16 より低い"
+        "損失になります。",
+        "precision_pays_measured": "ご指定の速度では、同じ GPU 時間で {precision} は BF16 より低い"
         "損失になります。",
         "precision_open": "{precision} が本当に得かどうかはまだ分かりません。"
         "お使いの機械で BF16 の {speed} 倍以上の速さ(報告されているのは {low}〜{high} 倍)が必要で、"
@@ -116,7 +120,8 @@ def _precision(plan: Plan, language: str) -> list[str]:
             continue
         name = c.precision.upper()
         if c.verdict == "pass":
-            return [text["precision_pays"].format(precision=name)]
+            pays = "precision_pays_measured" if c.speed.measured else "precision_pays"
+            return [text[pays].format(precision=name)]
         speed = "16" if c.break_even_speed is None else f"{c.break_even_speed:.2f}"
         low, high = f"{c.speed.low:.2f}", f"{c.speed.high:.2f}"
         return [
