@@ -24,8 +24,8 @@ TEXTS = {
         "uncertainty about the next word (perplexity) {percent} smaller.",
         "precision_pays": "By all published figures {precision} gives a lower loss than BF16 for "
         "the same GPU time.",
-        "precision_pays_measured": "At the speed that you gave, {precision} gives a lower loss than "
-        "BF16 for the same GPU time.",
+        "precision_pays_measured": "At the speed that you gave, {precision} gives a lower loss "
+        "than BF16 for the same GPU time.",
         "precision_open": "Whether {precision} really pays is open: it has to be at least {speed} "
         "times as fast as BF16 on your machines ({low} to {high} times is on record), and to add "
         "less than {margin} times the loss that is forecast for it. Try both on a short run "

@@ -179,5 +179,5 @@ def test_another_file_is_no_fit(tmp_path, change):
     path.write_text(json.dumps(found))
     with pytest.raises(PlanError, match="is no fit of"):
         read_fit(path)
-    with pytest.raises(PlanError, match="does not exist. Make it with"):
+    with pytest.raises(PlanError, match=r"does not exist\. Make it with"):
         read_fit(tmp_path / "missing.json")
