@@ -140,6 +140,27 @@ def test_what_a_plan_reads_is_not_written(type_, tmp_path):
     assert "is read by this command" in err
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda f: f["counts"].pop("documents"),
+        lambda f: f["counts"]["tokens:5"].update(distinct="x"),
+        lambda f: f["counts"].update({"tokens:zz": f["counts"]["tokens:5"]}),
+        lambda f: f["symbols"].update(tokens=-5),
+        lambda f: f["symbols"].update(tokens="x"),
+        lambda f: f.update(symbols=[]),
+        lambda f: f.update(tokenizer=5),
+    ],
+)
+def test_edited_statistics_are_refused(type_, tmp_path, edit):
+    facts = json.loads((tmp_path / "stats.json").read_text())
+    edit(facts)
+    (tmp_path / "edited.json").write_text(json.dumps(facts))
+    code, _, err = type_("kausik --ref 1e9,2e10 --corpus edited.json")
+    assert code == 2
+    assert "edited.json is damaged or was edited" in err
+
+
 def test_nothing_is_written_where_the_plan_fails(type_, tmp_path):
     assert type_("--flops 1e20 --language de --json p.json")[0] == 2
     assert not (tmp_path / "p.json").exists()

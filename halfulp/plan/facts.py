@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfulp.errors import PlanError
+from halfulp.errors import DataError, PlanError
 
 if TYPE_CHECKING:
     from halfulp.corpus.growth import Growth
+    from halfulp.corpus.stats import Stats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,22 @@ def read_facts(path: Path) -> Facts:
     from halfulp.corpus.stats import load_stats
 
     stats = load_stats(path)
+    try:
+        return _facts(path, stats)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise DataError(
+            f"{path} is damaged or was edited ({error!r}). Write it again with: "
+            "halfulp corpus stats PATH -o stats.json"
+        ) from error
+
+
+def _facts(path: Path, stats: "Stats") -> Facts:
     stream = "tokens" if stats.symbols.get("tokens") else "words"
     symbols = float(stats.symbols.get(stream, 0))
     if not symbols:
         raise PlanError(f"{path} counted no text: the corpus is empty. Count another one.")
+    if not 0 < symbols < math.inf:
+        raise ValueError(f"{symbols:g} {stream}")
     # Documents of text are measured in words, those of token files in tokens.
     measured = stats.symbols["tokens" if stats.text_bytes is None else "words"]
     distinct = stats.counts["documents"].unique_symbols
