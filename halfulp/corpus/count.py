@@ -13,8 +13,8 @@ from halfulp.corpus.read import Notes
 from halfulp.corpus.scan import Counted, Shard, scan
 from halfulp.data.corpus import SourceFile
 from halfulp.errors import ConfigError, NothingLeftError, RunError
+from halfulp.interrupt import Interrupt
 from halfulp.tasks import room, run_tasks
-from halfulp.train.signals import Interrupt
 
 SHARD_BYTES = 1 << 25  # on disk; a shard has at least one file
 BYTES_PER_KEY = 100  # of a large sample, with what waits and what the sort needs

@@ -12,6 +12,7 @@ from typing import Any
 from halfulp.errors import NonFiniteError, RunError, StoppedError
 from halfulp.guard.faults import Fault
 from halfulp.guard.keeper import BACK, STOP
+from halfulp.interrupt import Interrupt
 from halfulp.run import Run
 from halfulp.train import checkpoint
 from halfulp.train.adapt import adapt, begin, facts_of
@@ -24,7 +25,6 @@ from halfulp.train.parallel import open_world
 from halfulp.train.precision import name_of
 from halfulp.train.session import OnEvent, Session
 from halfulp.train.sharpness import MONITOR, fields_of, measure
-from halfulp.train.signals import Interrupt
 from halfulp.train.state import check_replicas, snapshot
 from halfulp.train.step import Outcome, run_step
 
