@@ -25,6 +25,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
             print(line)
         return
     from rich.console import Console
+
+    Console().print(rich_table(columns, rows))
+
+
+def rich_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
+    """The rich table that `print_table` prints."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -32,7 +38,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console().print(table)
+    return table
 
 
 def worst_counter(event: Mapping[str, Any]) -> str:

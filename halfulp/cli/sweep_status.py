@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfulp.cli.show import print_table
+from halfulp.cli.show import is_live, print_table, rich_table
 from halfulp.cli.sweep_progress import clock, damaged
 
 if TYPE_CHECKING:
@@ -27,17 +27,39 @@ def status(
     """Show what is done, running and failed."""
     from halfulp.sweep.status import status_of
 
-    while True:
-        found = status_of(path)
+    found = status_of(path)
+    if watch and is_live():
+        found = _watch(path, every)
+    while watch and not is_live() and found.seconds_left != 0.0:
         _show(found)
-        if not watch or found.seconds_left == 0.0:
-            return
-        time.sleep(every)
         print()
+        time.sleep(every)
+        found = status_of(path)
+    _show(found)
+
+
+def _watch(path: Path, every: float) -> "Status":
+    """Redraw the status in place until the sweep is done; the last one."""
+    from rich.console import Group
+    from rich.live import Live
+
+    from halfulp.sweep.status import status_of
+
+    with Live(transient=True) as live:
+        while (found := status_of(path)).seconds_left != 0.0:
+            live.update(Group(rich_table(_COLUMNS, _rows(found)), *_lines(found)))
+            time.sleep(every)
+    return found
 
 
 def _show(found: "Status") -> None:
-    rows = [
+    print_table(_COLUMNS, _rows(found))
+    for line in _lines(found):
+        print(line)
+
+
+def _rows(found: "Status") -> list[tuple[object, ...]]:
+    return [
         (
             row.recipe, row.data, f"{row.finished + row.failed + row.lost}/{row.cells}",
             row.finished, row.failed, row.lost,
@@ -46,10 +68,15 @@ def _show(found: "Status") -> None:
         )
         for row in found.rows
     ]  # fmt: skip
-    print_table(_COLUMNS, rows)
-    for run in found.running:
-        print(f"running: {run.id}: step {run.step}/{run.steps}, loss {run.loss_nats:.3f}")
-    for line in found.damaged:
-        print(damaged(line))
+
+
+def _lines(found: "Status") -> list[str]:
     left = "" if found.done == found.cells else f", {clock(found.seconds_left)} left"
-    print(f"{found.done} of {found.cells} runs done{left}")
+    return [
+        *(
+            f"running: {run.id}: step {run.step}/{run.steps}, loss {run.loss_nats:.3f}"
+            for run in found.running
+        ),
+        *map(damaged, found.damaged),
+        f"{found.done} of {found.cells} runs done{left}",
+    ]
