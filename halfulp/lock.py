@@ -32,6 +32,12 @@ def acquire(path: Path) -> None:
     waiting.replace(path)
 
 
+def held(path: Path) -> bool:
+    """Whether a live process, or any of another machine, is the writer that `path` names."""
+    other = _read(path)
+    return other is not None and _alive(other)
+
+
 def release(path: Path) -> None:
     """Remove the file if it names this process."""
     if _read(path) == _identity():

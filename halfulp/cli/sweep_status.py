@@ -42,12 +42,13 @@ def _watch(path: Path, every: float) -> "Status":
     """Redraw the status in place until the sweep is done; the last one."""
     from rich.console import Group
     from rich.live import Live
+    from rich.text import Text
 
     from halfulp.sweep.status import status_of
 
     with Live(transient=True) as live:
         while (found := status_of(path)).seconds_left != 0.0:
-            live.update(Group(rich_table(_COLUMNS, _rows(found)), *_lines(found)))
+            live.update(Group(rich_table(_COLUMNS, _rows(found)), *map(Text, _lines(found))))
             time.sleep(every)
     return found
 

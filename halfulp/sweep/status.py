@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from halfulp import lock
 from halfulp.run import Run
 from halfulp.sweep.design import Cell, Design
 from halfulp.sweep.order import seconds_of
@@ -95,7 +96,7 @@ def _running(path: Path, design: Design, missing: Iterable[Cell]) -> Iterable[Ru
     """The runs without a result that somebody is writing, by their last event."""
     for cell in missing:
         folder = path / "runs" / cell.id
-        if not (folder / "writer.lock").exists():
+        if not lock.held(folder / "writer.lock"):
             continue
         last = {}
         for event in Run(folder, writer=False).events("step", damaged=[]):
