@@ -12,8 +12,10 @@ import numpy as np
 
 MOST_UNITS = 13  # remembered of each key: f_1 … f_12 need to know whether there are more than 12
 _WAITING = 1 << 16  # occurrences that wait for the next sort, at least
-_SLOTS = 1 << 15
-_LAST = np.uint32(2**32 - 1)
+SLOTS = 1 << 15  # of `known`: a key has one by its lowest bits
+KNOWN = np.dtype([("key", "<u8"), ("last", "<u4"), ("bound", "<u4")])
+NO_BOUND = 2**32 - 1
+_32 = np.uint64(32)
 _NO_MARK = np.uint64(2**64 - 1)
 
 
@@ -24,6 +26,8 @@ class Sample:
     `keys`, `priorities` [pairs], sorted: a key stands once for each of its units, at most
     MOST_UNITS times, those of the smallest priorities. `least` [distinct keys]: the smallest mark.
     A key is kept when it is below 2^(64 − shift). Call `settle` before reading.
+    `known` [0 or SLOTS]: units of priorities above a key's bound can be passed over, and so can the
+    unit `last` met where marks ascend.
     """
 
     limit: int
@@ -33,29 +37,37 @@ class Sample:
     least: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def __post_init__(self) -> None:
-        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self._count = 0
-        self._full_keys = np.zeros(0, np.uint64)
-        self._full_bounds = np.zeros(0, np.uint32)
+        self.known = np.empty(0, KNOWN)
+        self._make_room(0)
 
     def chosen(self, keys: np.ndarray) -> np.ndarray:
         """Positions of the keys that are below the threshold."""
         if not self.shift:
             return np.arange(len(keys))
-        return np.flatnonzero(keys < np.uint64(1 << (64 - self.shift)))
+        return np.flatnonzero(keys <= np.uint64(self.cut))
+
+    @property
+    def cut(self) -> int:
+        """The largest key that is kept."""
+        return (1 << (64 - self.shift)) - 1
 
     def add(self, keys: np.ndarray, priorities: np.ndarray, marks: np.ndarray) -> None:
         """Occurrences of `chosen` keys: the priority of the unit and a mark for each, [n]."""
-        if len(self._full_keys):
-            slots = keys & np.uint64(_SLOTS - 1)
-            known = (self._full_keys[slots] == keys) & (priorities >= self._full_bounds[slots])
-            kept = np.flatnonzero(~known)
+        if len(self.known):
+            known = self.known[keys & np.uint64(SLOTS - 1)]
+            kept = np.flatnonzero((known["key"] != keys) | (priorities <= known["bound"]))
             keys, priorities, marks = keys[kept], priorities[kept], marks[kept]
-        if len(keys):
-            self._waiting.append((keys, priorities, marks))
-            self._count += len(keys)
-        if self._count >= max(_WAITING, len(self.keys) // 2):
+        self.hold(keys, priorities, marks)
+
+    def hold(self, keys: np.ndarray, priorities: np.ndarray, marks: np.ndarray) -> None:
+        """`add` for what has been looked up in `known`."""
+        if self._count + len(keys) > len(self._waiting[0]):
             self.settle()
+            self._make_room(max(_WAITING, len(self.keys) // 2, len(keys)))
+        end = self._count + len(keys)
+        for place, part in zip(self._waiting, (keys, priorities, marks), strict=True):
+            place[self._count : end] = part
+        self._count = end
 
     def merge(self, other: "Sample") -> None:
         """Take in what `other` saw, as if it had been added here."""
@@ -64,49 +76,65 @@ class Sample:
         marks = np.full(len(other.keys), _NO_MARK)
         marks[key_starts(other.keys)] = other.least
         kept = self.chosen(other.keys)
-        self._waiting.append((other.keys[kept], other.priorities[kept], marks[kept]))
+        self.hold(other.keys[kept], other.priorities[kept], marks[kept])
         self.settle()
 
     def settle(self) -> None:
         """Sort in what waits, and halve the threshold while there are more than `limit` keys."""
-        if not self._waiting:
+        if not self._count:
             return
-        marks = np.full(len(self.keys), _NO_MARK)
-        marks[key_starts(self.keys)] = self.least
-        parts = [(self.keys, self.priorities, marks), *self._waiting]
-        self._waiting, self._count = [], 0
-        keys, priorities, marks = (np.concatenate(part) for part in zip(*parts, strict=True))
-        order = _order(keys, priorities)
-        keys, priorities, marks = keys[order], priorities[order], marks[order]
+        keys, priorities, marks = (part[: self._count] for part in self._waiting)
+        before = np.full(len(self.keys), _NO_MARK)
+        before[key_starts(self.keys)] = self.least
+        keys = np.concatenate((self.keys, keys))
+        order = np.argsort(keys)
+        keys, marks = keys[order], np.concatenate((before, marks))[order]
         starts = key_starts(keys)
         distinct, least = keys[starts], np.minimum.reduceat(marks, starts)
         while (count := len(self.chosen(distinct))) > self.limit:
             self.shift += 1
         stop = starts[count] if count < len(starts) else len(keys)
-        self.least = least[:count]
-        self._keep(keys[:stop], priorities[:stop])
+        ranks = np.repeat(
+            np.arange(count, dtype=np.uint64), np.diff(np.append(starts[:count], stop))
+        )
+        pairs = np.concatenate((self.priorities, priorities))[order[:stop]]
+        pairs = np.sort(ranks << _32 | pairs)
+        self.least, self._count = least[:count], 0
+        self._keep(distinct, pairs)
 
-    def _keep(self, keys: np.ndarray, priorities: np.ndarray) -> None:
-        """Of sorted pairs: each once, and the first MOST_UNITS of each key."""
-        fresh = np.ones(len(keys), bool)
-        fresh[1:] = (keys[1:] != keys[:-1]) | (priorities[1:] != priorities[:-1])
-        keys, priorities = keys[fresh], priorities[fresh]
-        near = np.ones(len(keys), bool)
-        near[MOST_UNITS:] = keys[MOST_UNITS:] != keys[:-MOST_UNITS]
-        self.keys, self.priorities = keys[near], priorities[near]
+    def _make_room(self, size: int) -> None:
+        types = np.uint64, np.uint32, np.uint64
+        self._waiting = tuple(np.empty(size, dtype) for dtype in types)
+        self._count = 0
+
+    def _keep(self, distinct: np.ndarray, pairs: np.ndarray) -> None:
+        """Of sorted pairs, rank of the key and priority: each once, the first few of each key."""
+        pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])[: len(pairs)]]
+        ranks = (pairs >> _32).view(np.int64)
+        near = np.ones(len(pairs), bool)
+        near[MOST_UNITS:] = ranks[MOST_UNITS:] != ranks[:-MOST_UNITS]
+        self.keys, self.priorities = distinct[ranks[near]], pairs[near].astype(np.uint32)
         self._remember_full()
 
     def _remember_full(self) -> None:
-        """A table of keys that have MOST_UNITS units: later units can seldom change them."""
+        """Keys that have MOST_UNITS units: later units can seldom change them."""
         ends = np.append(key_starts(self.keys)[1:], len(self.keys)) - 1
         full = ends[units_of(self.keys) == MOST_UNITS]
-        if not len(full):
-            self._full_keys = np.zeros(0, np.uint64)
+        if not len(full) and not len(self.known):
             return
-        slots = self.keys[full] & np.uint64(_SLOTS - 1)
-        self._full_keys = np.zeros(_SLOTS, np.uint64)
-        self._full_bounds = np.full(_SLOTS, _LAST)
-        self._full_keys[slots], self._full_bounds[slots] = self.keys[full], self.priorities[full]
+        # In one slot the key of the most units stays, as it comes most often.
+        full = full[np.argsort(self.priorities[full])[::-1]]
+        if not len(self.known):
+            self.known = np.empty(SLOTS, KNOWN)
+        self.forget()
+        slots = self.keys[full] & np.uint64(SLOTS - 1)
+        self.known["key"][slots] = self.keys[full]
+        self.known["last"][slots] = self.known["bound"][slots] = self.priorities[full]
+
+    def forget(self) -> None:
+        """Empty `known`, where it lies: another key's slot stands for none."""
+        self.known["key"] = np.arange(SLOTS, dtype=np.uint64) ^ np.uint64(1)
+        self.known["bound"] = NO_BOUND
 
     @property
     def exact(self) -> bool:
@@ -122,14 +150,6 @@ class Sample:
     def rel_std(self) -> float:
         """Relative standard error of `distinct`; 0 when it was counted."""
         return 0.0 if self.exact else math.sqrt((1 - 0.5**self.shift) / max(1, len(self.least)))
-
-
-def _order(keys: np.ndarray, priorities: np.ndarray) -> np.ndarray:
-    """np.lexsort((priorities, keys)) up to equal pairs, by two sorts that are much faster."""
-    order = np.argsort(keys)
-    found = keys[order]
-    rank = np.cumsum(np.append(False, found[1:] != found[:-1]), dtype=np.uint64)
-    return order[np.argsort(rank << np.uint64(32) | priorities[order])]
 
 
 def key_starts(keys: np.ndarray) -> np.ndarray:

@@ -102,12 +102,13 @@ class _Counting:
             _check_memory(self._left, jobs)
         if not ray and jobs == 1:
             for shard in self._left:
-                self._take(shard, scan(shard, self._watch(interrupt)))
+                self._take(shard, scan(self._begun(shard), self._watch(interrupt)))
             return
         waiting = iter(self._left)
 
         def next_shard() -> Shard | None:
-            return None if interrupt.asked else next(waiting, None)
+            shard = None if interrupt.asked else next(waiting, None)
+            return shard and self._begun(shard)
 
         for outcome in run_tasks(scan, next_shard, jobs=jobs, ray=ray):
             if outcome.value is not None:
@@ -121,6 +122,11 @@ class _Counting:
         if self._path is not None and self._progress.done:
             save_progress(self._path, self._progress)
             self._saved = time.monotonic()
+
+    def _begun(self, shard: Shard) -> Shard:
+        """The shard with the thresholds that the samples have come to."""
+        tallies = self._progress.counted.tallies
+        return replace(shard, shifts={name: t.sample.shift for name, t in tallies.items()})
 
     def _take(self, shard: Shard, counted: Counted) -> None:
         self._progress.counted.merge(counted)

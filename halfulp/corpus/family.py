@@ -1,12 +1,14 @@
 """Sequences of several lengths over one stream of words or tokens; none crosses a document."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from halfulp.corpus.adaptive import Sample
-from halfulp.corpus.keys import BLOCK, MOST, Block, Stream, first_end, ngram_keys, prefix
+from halfulp.corpus.choose import Choice, Units
+from halfulp.corpus.keys import Stream
+from halfulp.corpus.native import chooser
 from halfulp.corpus.tally import PLACE_BITS, Tally
 
 
@@ -26,13 +28,13 @@ class Symbols(NamedTuple):
 class Family:
     """Tallies of the sequences of each length; `apart`: only those at multiples of it."""
 
-    def __init__(self, lengths: Sequence[int], *, limit: int, shard: int, apart: bool) -> None:
-        self.tallies = {n: Tally(Sample(limit)) for n in lengths}
-        self._stream = Stream(max(lengths))
+    def __init__(self, samples: Mapping[int, Sample], *, shard: int, apart: bool) -> None:
+        self.tallies = {n: Tally(sample) for n, sample in samples.items()}
+        self._stream = Stream(max(samples))
         self._apart = apart
         self._shard = shard << PLACE_BITS
         self._open = 0  # symbols of the open document so far
-        self._work = np.empty((3, BLOCK + MOST + 1), np.uint64)
+        self._chooser = chooser(Choice(tuple(samples), tuple(samples.values()), apart))
 
     def feed(self, batch: Symbols) -> None:
         """Count the sequences that end in these symbols."""
@@ -40,31 +42,11 @@ class Family:
         self._count(batch)
         at = 0
         for block in self._stream.blocks(batch.symbols, batch.starts):
-            sums = prefix(block, self._work[:2, : len(block.tokens) + 1])
-            for n, tally in self.tallies.items():
-                keys = ngram_keys(block, sums, n, out=self._work[2])
-                self._sample(tally, n, block, keys, at, batch, place)
+            first = int(np.searchsorted(batch.cuts, at, side="right"))
+            zero = at - block.context  # where the block's position 0 is in the batch
+            units = Units(batch.cuts[first:] - zero, batch.priorities[first:], place + zero)
+            self._chooser.feed(block, units)
             at += len(block.tokens) - block.context
-
-    def _sample(
-        self,
-        tally: Tally,
-        n: int,
-        block: Block,
-        keys: np.ndarray,
-        at: int,
-        batch: Symbols,
-        place: int,
-    ) -> None:
-        """`at`: where the block's fresh symbols begin in the batch; `place`: where that begins."""
-        chosen = tally.sample.chosen(keys)
-        ends = chosen + first_end(block, n)
-        inside = block.inside(ends, n, apart=self._apart)
-        chosen, ends = chosen[inside], ends[inside]
-        ends += at - block.context
-        units = np.searchsorted(batch.cuts, ends, side="right")
-        places = (place + ends).astype(np.uint64)
-        tally.sample.add(keys[chosen], batch.priorities[units], places)
 
     def _count(self, batch: Symbols) -> None:
         """Occurrences of each length in each unit, from the lengths of units and documents."""

@@ -1,4 +1,4 @@
-"""The C kernel of the counter: built once per machine, chosen by HALFULP_KERNEL as the others."""
+"""The C kernels of counting: built once per machine, chosen by HALFULP_KERNEL as the others."""
 
 import ctypes
 import functools
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from halfulp.corpus.adaptive import KNOWN, SLOTS
+from halfulp.corpus.choose import Choice, NumpyChooser, Units
 from halfulp.corpus.keys import BLOCK, MOST, Block
 from halfulp.corpus.near import Hits, NumpyNear, Task
 from halfulp.errors import KernelError
@@ -27,6 +29,17 @@ class _Job(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("registers", "cuts", "sums", "seen", "hit_rows", "hits")
         ),
+    )
+
+
+class _Choice(ctypes.Structure):
+    """The struct Choice of ngrams.c."""
+
+    _fields_ = (
+        ("job", _Job),
+        *((name, ctypes.c_void_p) for name in ("unit_ends", "priorities", "known")),
+        ("slots", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("counts", "ends", "chosen_priorities")),
     )
 
 
@@ -51,15 +64,70 @@ class NativeNear:
             self._seen = np.zeros((len(task.orders), _SEEN), np.uint64)
         arrays = (task.registers, cuts, self._sums, self._seen, *self._hits)
         job = _Job(
-            block.tokens.ctypes.data,
-            *(block.tokens.itemsize, len(block.tokens), block.context),
-            *(block.starts.ctypes.data, self._orders.ctypes.data),
-            *(len(block.starts), len(task.orders), task.apart, task.lg_k),
+            *_described(block, self._orders, task.apart),
+            task.lg_k,
             *(array.ctypes.data for array in arrays),
         )
         count = self._library.halfulp_ngrams(ctypes.byref(job))
         rows, h2 = self._hits[:, :count].copy()
         return Hits(rows, h2.view(np.uint64))
+
+
+class NativeChooser:
+    """NumpyChooser in C: samples that hold the same."""
+
+    def __init__(self, choice: Choice, library: ctypes.CDLL) -> None:
+        self._choice = choice
+        self._library = library
+        self._orders = np.asarray(choice.orders, np.int64)
+        self._sums = np.empty(BLOCK + MOST + 1, np.uint64)
+        self._keys, self._ends = np.empty((2, len(choice.orders) * BLOCK), np.int64)
+        self._priorities = np.empty(len(self._keys), np.uint32)
+        self._counts = np.empty(len(choice.orders), np.int64)
+        for sample in choice.samples:
+            sample.known = np.empty(SLOTS, KNOWN)
+            sample.forget()
+        self._known = np.array([s.known.ctypes.data for s in choice.samples], np.uintp)
+
+    def feed(self, block: Block, units: Units) -> None:
+        """Add the block's sequences to their samples; marks ascend."""
+        choice = self._choice
+        cuts = np.array([sample.cut for sample in choice.samples], np.uint64)
+        unit_ends = np.ascontiguousarray(units.ends, np.int64)
+        priorities = np.ascontiguousarray(units.priorities, np.uint32)
+        job = _Job(
+            *_described(block, self._orders, choice.apart),
+            *(0, None, cuts.ctypes.data, self._sums.ctypes.data),
+            *(None, None, self._keys.ctypes.data),
+        )
+        before = (unit_ends, priorities, self._known)
+        after = (self._counts, self._ends, self._priorities)
+        made = _Choice(
+            job, *(x.ctypes.data for x in before), SLOTS, *(x.ctypes.data for x in after)
+        )
+        self._library.halfulp_choose(ctypes.byref(made))
+        at = 0
+        for sample, count in zip(choice.samples, self._counts.tolist(), strict=True):
+            part = slice(at, at + count)
+            at += count
+            if count:
+                marks = (self._ends[part] + units.place).view(np.uint64)
+                sample.hold(self._keys[part].view(np.uint64), self._priorities[part], marks)
+
+
+def _described(block: Block, orders: np.ndarray, apart: bool) -> tuple[int, ...]:
+    """The first fields of a _Job."""
+    return (
+        *(block.tokens.ctypes.data, block.tokens.itemsize, len(block.tokens), block.context),
+        *(block.starts.ctypes.data, orders.ctypes.data),
+        *(len(block.starts), len(orders), apart),
+    )
+
+
+def chooser(choice: Choice) -> NumpyChooser | NativeChooser:
+    """The kernel in use. KernelError when HALFULP_KERNEL=c cannot be honored."""
+    library, _ = status()
+    return NumpyChooser(choice) if library is None else NativeChooser(choice, library)
 
 
 def near(task: Task) -> NumpyNear | NativeNear:
@@ -81,4 +149,6 @@ def _load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.halfulp_ngrams.restype = ctypes.c_int64
     library.halfulp_ngrams.argtypes = [ctypes.c_void_p]
+    library.halfulp_choose.restype = None
+    library.halfulp_choose.argtypes = [ctypes.c_void_p]
     return library

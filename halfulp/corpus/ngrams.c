@@ -112,4 +112,60 @@ CLONES static int64_t ngrams(const Job *job) {
     return hits;
 }
 
+typedef struct { uint64_t key; uint32_t last, bound; } Known; /* KNOWN of adaptive.py */
+
+typedef struct {
+    Job job; /* cuts: keys above are left out; hits: those chosen, row after row */
+    const int64_t *unit_ends; const uint32_t *priorities; /* [units] of the block */
+    Known *const *known; int64_t slots, *counts; /* [rows]: chosen of each */
+    int64_t *ends; uint32_t *chosen_priorities;
+} Choice;
+
+/* Whether the sample can do without this occurrence; else it is remembered. */
+INLINE int passed_over(Known *known, uint64_t key, uint32_t priority) {
+    if (known->key == key) {
+        if (priority == known->last || priority > known->bound) return 1;
+        known->last = priority;
+    } else if (known->bound == UINT32_MAX) *known = (Known){key, priority, UINT32_MAX};
+    return 0;
+}
+
+INLINE int64_t choose_row(const Choice *choice, int64_t row, int64_t hits) {
+    const Job *job = &choice->job;
+    const int64_t n = job->orders[row], size = job->size, before = hits;
+    const uint64_t cut = job->cuts[row];
+    uint64_t power = 1, keys[GROUP];
+    uint8_t near[GROUP];
+    for (int64_t i = 0; i < n; i++) power *= BASE;
+    for (int64_t unit = 0, first = job->context > n - 1 ? job->context : n - 1; first < size; first += GROUP) {
+        const int64_t count = size - first < GROUP ? size - first : GROUP;
+        const uint64_t *ends = job->sums + first + 1, *begins = ends - n;
+        IVDEP for (int64_t j = 0; j < count; j++) keys[j] = ends[j] - begins[j] * power;
+        for (int64_t j = 0; j < GROUP; j++) near[j] = j < count && keys[j] <= cut;
+        for (int64_t word = 0; word < GROUP; word += 8) {
+            uint64_t flags; /* as in row_of */
+            memcpy(&flags, near + word, 8);
+            for (; flags; flags &= flags - 1) {
+                const int64_t j = word + __builtin_ctzll(flags) / 8, end = first + j;
+                while (choice->unit_ends[unit] <= end) unit++;
+                const uint32_t priority = choice->priorities[unit];
+                if (!inside(job, end, n)) continue;
+                if (passed_over(choice->known[row] + keys[j] % choice->slots, keys[j], priority)) continue;
+                job->hits[hits] = keys[j];
+                choice->ends[hits] = end;
+                choice->chosen_priorities[hits++] = priority;
+            }
+        }
+    }
+    return choice->counts[row] = hits - before, hits;
+}
+
+CLONES static void choose(const Choice *choice) {
+    int64_t hits = 0;
+    prefix(&choice->job);
+    for (int64_t row = 0; row < choice->job.rows; row++) hits = choose_row(choice, row, hits);
+}
+
+void halfulp_choose(const Choice *choice) { choose(choice); }
+
 int64_t halfulp_ngrams(const Job *job) { return ngrams(job); }

@@ -1,6 +1,6 @@
 """One shard of a corpus to tallies: everything that is counted, in one pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,12 +17,17 @@ from halfulp.data.corpus import SourceFile
 
 @dataclass(frozen=True)
 class Shard:
-    """Some numbered files of a corpus and how they are counted; `size` in bytes on disk."""
+    """Some numbered files of a corpus and how they are counted; `size` in bytes on disk.
+
+    `shifts` of the samples of shards that are done, by definition: what they have given up needs
+    not be kept here, and the union is the same.
+    """
 
     index: int
     files: tuple[tuple[int, SourceFile], ...]
     config: CountConfig
     size: int
+    shifts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,11 +61,16 @@ def scan(shard: Shard, progress: Callable[[int], None] | None = None) -> Counted
     config, found = shard.config, Counted()
     names = config.definitions(text=shard.files[0][1].kind != "tokens")
     limit = config.keep // len(names)
+    samples = {name: Sample(limit, shard.shifts.get(name, 0)) for name in names}
     families = {
-        name: Family(lengths, limit=limit, shard=shard.index, apart=name == "window")
+        name: Family(
+            {n: samples[f"{name}:{n}"] for n in lengths},
+            shard=shard.index,
+            apart=name == "window",
+        )
         for name, lengths in config.families().items()
     }
-    whole = {name: Tally(Sample(limit)) for name in names if ":" not in name}
+    whole = {name: Tally(samples[name]) for name in names if ":" not in name}
     symbols = found.symbols[shard.index] = {}
     for batch in batches(shard.files, config, found.notes):
         for name, spans in batch.spans.items():
