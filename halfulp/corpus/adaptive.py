@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-MOST_UNITS = 13  # remembered of each key: f_1 … f_12 need to know whether there are more than 12
+from halfulp.corpus.pairs import MOST_UNITS, Pairs, key_starts, merged
+
 _WAITING = 1 << 16  # occurrences that wait for the next sort, at least
 SLOTS = 1 << 15  # of `known`: a key has one by its lowest bits
 KNOWN = np.dtype([("key", "<u8"), ("last", "<u4"), ("bound", "<u4")])
-NO_BOUND = 2**32 - 1
-_32 = np.uint64(32)
-_NO_MARK = np.uint64(2**64 - 1)
+_NO_BOUND = 2**32 - 1
 
 
 @dataclass
@@ -73,53 +72,36 @@ class Sample:
         """Take in what `other` saw, as if it had been added here."""
         other.settle()
         self.shift = max(self.shift, other.shift)
-        marks = np.full(len(other.keys), _NO_MARK)
-        marks[key_starts(other.keys)] = other.least
+        marks = np.repeat(other.least, units_of(other.keys))
         kept = self.chosen(other.keys)
         self.hold(other.keys[kept], other.priorities[kept], marks[kept])
-        self.settle()
+        self._sort_in()
 
     def settle(self) -> None:
         """Sort in what waits, and halve the threshold while there are more than `limit` keys."""
-        if not self._count:
-            return
-        keys, priorities, marks = (part[: self._count] for part in self._waiting)
-        before = np.full(len(self.keys), _NO_MARK)
-        before[key_starts(self.keys)] = self.least
-        keys = np.concatenate((self.keys, keys))
-        order = np.argsort(keys)
-        keys, marks = keys[order], np.concatenate((before, marks))[order]
-        starts = key_starts(keys)
-        distinct, least = keys[starts], np.minimum.reduceat(marks, starts)
+        if self._count:
+            self._sort_in()
+
+    def _sort_in(self) -> None:
+        before = Pairs(self.keys, self.priorities, key_starts(self.keys), self.least)
+        pairs = merged(before, *(part[: self._count] for part in self._waiting))
+        self._count = 0
+        distinct = pairs.distinct
         while (count := len(self.chosen(distinct))) > self.limit:
             self.shift += 1
-        stop = starts[count] if count < len(starts) else len(keys)
-        ranks = np.repeat(
-            np.arange(count, dtype=np.uint64), np.diff(np.append(starts[:count], stop))
-        )
-        pairs = np.concatenate((self.priorities, priorities))[order[:stop]]
-        pairs = np.sort(ranks << _32 | pairs)
-        self.least, self._count = least[:count], 0
-        self._keep(distinct, pairs)
+        pairs = pairs.first(count)
+        self.keys, self.priorities, self.least = pairs.keys, pairs.priorities, pairs.least
+        self._remember_full(pairs)
 
     def _make_room(self, size: int) -> None:
         types = np.uint64, np.uint32, np.uint64
         self._waiting = tuple(np.empty(size, dtype) for dtype in types)
         self._count = 0
 
-    def _keep(self, distinct: np.ndarray, pairs: np.ndarray) -> None:
-        """Of sorted pairs, rank of the key and priority: each once, the first few of each key."""
-        pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])[: len(pairs)]]
-        ranks = (pairs >> _32).view(np.int64)
-        near = np.ones(len(pairs), bool)
-        near[MOST_UNITS:] = ranks[MOST_UNITS:] != ranks[:-MOST_UNITS]
-        self.keys, self.priorities = distinct[ranks[near]], pairs[near].astype(np.uint32)
-        self._remember_full()
-
-    def _remember_full(self) -> None:
+    def _remember_full(self, pairs: Pairs) -> None:
         """Keys that have MOST_UNITS units: later units can seldom change them."""
-        ends = np.append(key_starts(self.keys)[1:], len(self.keys)) - 1
-        full = ends[units_of(self.keys) == MOST_UNITS]
+        ends = np.append(pairs.starts[1:], len(pairs.keys))
+        full = ends[ends - pairs.starts == MOST_UNITS] - 1
         if not len(full) and not len(self.known):
             return
         # In one slot the key of the most units stays, as it comes most often.
@@ -134,7 +116,7 @@ class Sample:
     def forget(self) -> None:
         """Empty `known`, where it lies: another key's slot stands for none."""
         self.known["key"] = np.arange(SLOTS, dtype=np.uint64) ^ np.uint64(1)
-        self.known["bound"] = NO_BOUND
+        self.known["bound"] = _NO_BOUND
 
     @property
     def exact(self) -> bool:
@@ -150,11 +132,6 @@ class Sample:
     def rel_std(self) -> float:
         """Relative standard error of `distinct`; 0 when it was counted."""
         return 0.0 if self.exact else math.sqrt((1 - 0.5**self.shift) / max(1, len(self.least)))
-
-
-def key_starts(keys: np.ndarray) -> np.ndarray:
-    """Where each distinct key begins in sorted `keys`."""
-    return np.flatnonzero(np.concatenate([[len(keys) > 0], keys[1:] != keys[:-1]])[: len(keys)])
 
 
 def units_of(keys: np.ndarray) -> np.ndarray:

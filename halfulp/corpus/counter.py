@@ -7,7 +7,7 @@ import numpy as np
 
 from halfulp.corpus.hll import Hll
 from halfulp.corpus.keys import MOST, NEW_DOCUMENT, Stream
-from halfulp.corpus.native import near
+from halfulp.corpus.native_near import near
 from halfulp.corpus.near import Hits, Task
 from halfulp.corpus.theta import Theta
 from halfulp.errors import DataError

@@ -8,7 +8,7 @@ import numpy as np
 from halfulp.corpus.adaptive import Sample
 from halfulp.corpus.choose import Choice, Units
 from halfulp.corpus.keys import Stream
-from halfulp.corpus.native import chooser
+from halfulp.corpus.native_choose import chooser
 from halfulp.corpus.tally import PLACE_BITS, Tally
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from halfulp.corpus.adaptive import MOST_UNITS, key_starts, units_of
+from halfulp.corpus.adaptive import units_of
+from halfulp.corpus.pairs import MOST_UNITS, key_starts
 from halfulp.corpus.tally import GROUPS, PLACE_BITS, STEPS, Tally, group_of, step_of
 
 FREQUENCIES = MOST_UNITS - 1

@@ -5,7 +5,8 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from halfulp.corpus.adaptive import MOST_UNITS, Sample, key_starts
+from halfulp.corpus.adaptive import Sample
+from halfulp.corpus.pairs import MOST_UNITS, key_starts
 
 RNG = np.random.default_rng(0)
 SALT = 0x9E3779B97F4A7C15

@@ -1,0 +1,70 @@
+"""What belongs to samples, in C where it can be built."""
+
+import ctypes
+
+import numpy as np
+
+from halfulp.corpus import native
+from halfulp.corpus.adaptive import KNOWN, SLOTS
+from halfulp.corpus.choose import Choice, NumpyChooser, Units
+from halfulp.corpus.keys import BLOCK, MOST, Block
+from halfulp.corpus.native import Job, described
+
+
+class _Choice(ctypes.Structure):
+    """The struct Choice of sample.c."""
+
+    _fields_ = (
+        ("job", Job),
+        *((name, ctypes.c_void_p) for name in ("unit_ends", "priorities", "known")),
+        ("slots", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("counts", "ends", "chosen_priorities")),
+    )
+
+
+class NativeChooser:
+    """NumpyChooser in C: samples that hold the same."""
+
+    def __init__(self, choice: Choice, library: ctypes.CDLL) -> None:
+        self._choice = choice
+        self._library = library
+        self._orders = np.asarray(choice.orders, np.int64)
+        self._sums = np.empty(BLOCK + MOST + 1, np.uint64)
+        self._keys, self._ends = np.empty((2, len(choice.orders) * BLOCK), np.int64)
+        self._priorities = np.empty(len(self._keys), np.uint32)
+        self._counts = np.empty(len(choice.orders), np.int64)
+        for sample in choice.samples:
+            sample.known = np.empty(SLOTS, KNOWN)
+            sample.forget()
+        self._known = np.array([s.known.ctypes.data for s in choice.samples], np.uintp)
+
+    def feed(self, block: Block, units: Units) -> None:
+        """Add the block's sequences to their samples; marks ascend."""
+        choice = self._choice
+        cuts = np.array([sample.cut for sample in choice.samples], np.uint64)
+        unit_ends = np.ascontiguousarray(units.ends, np.int64)
+        priorities = np.ascontiguousarray(units.priorities, np.uint32)
+        job = Job(
+            *described(block, self._orders, choice.apart),
+            *(0, None, cuts.ctypes.data, self._sums.ctypes.data),
+            *(None, None, self._keys.ctypes.data),
+        )
+        before = (unit_ends, priorities, self._known)
+        after = (self._counts, self._ends, self._priorities)
+        made = _Choice(
+            job, *(x.ctypes.data for x in before), SLOTS, *(x.ctypes.data for x in after)
+        )
+        self._library.halfulp_choose(ctypes.byref(made))
+        at = 0
+        for sample, count in zip(choice.samples, self._counts.tolist(), strict=True):
+            part = slice(at, at + count)
+            at += count
+            if count:
+                marks = (self._ends[part] + units.place).view(np.uint64)
+                sample.hold(self._keys[part].view(np.uint64), self._priorities[part], marks)
+
+
+def chooser(choice: Choice) -> NumpyChooser | NativeChooser:
+    """The kernel in use. KernelError when HALFULP_KERNEL=c cannot be honored."""
+    library, _ = native.status()
+    return NumpyChooser(choice) if library is None else NativeChooser(choice, library)

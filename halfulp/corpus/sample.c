@@ -1,0 +1,101 @@
+/* What belongs to samples: the C twin of choose.py and of merged in pairs.py. */
+
+#include "keys.c"
+
+#define MOST_UNITS 13
+
+typedef struct { uint64_t key; uint32_t last, bound; } Known; /* KNOWN of adaptive.py */
+
+typedef struct {
+    Job job; /* cuts: keys above are left out; hits: those chosen, row after row */
+    const int64_t *unit_ends; const uint32_t *priorities; /* [units] of the block */
+    Known *const *known; int64_t slots, *counts; /* [rows]: chosen of each */
+    int64_t *ends; uint32_t *chosen_priorities;
+} Choice;
+
+/* Whether the sample can do without this occurrence. */
+INLINE int passed_over(const Known *known, uint64_t key, uint32_t priority) {
+    return known->key == key && (priority == known->last || priority > known->bound);
+}
+
+/* A key with a bound keeps its slot. */
+INLINE void remember(Known *known, uint64_t key, uint32_t priority) {
+    if (known->key == key) known->last = priority;
+    else if (known->bound == UINT32_MAX) *known = (Known){key, priority, UINT32_MAX};
+}
+
+INLINE int64_t choose_row(const Choice *choice, int64_t row, int64_t hits) {
+    const Job *job = &choice->job;
+    const int64_t n = job->orders[row], size = job->size, before = hits;
+    const uint64_t cut = job->cuts[row];
+    const uint64_t power = power_of(n);
+    uint64_t keys[GROUP];
+    uint8_t near[GROUP];
+    for (int64_t unit = 0, first = first_end(job, n); first < size; first += GROUP) {
+        const int64_t count = size - first < GROUP ? size - first : GROUP;
+        const uint64_t *ends = job->sums + first + 1, *begins = ends - n;
+        IVDEP for (int64_t j = 0; j < count; j++) keys[j] = ends[j] - begins[j] * power;
+        for (int64_t j = 0; j < GROUP; j++) near[j] = j < count && keys[j] <= cut;
+        EACH(near, j) {
+            const int64_t end = first + j;
+            while (choice->unit_ends[unit] <= end) unit++;
+            Known *known = choice->known[row] + keys[j] % choice->slots;
+            const uint32_t priority = choice->priorities[unit];
+            if (passed_over(known, keys[j], priority) || !inside(job, end, n)) continue;
+            remember(known, keys[j], priority);
+            job->hits[hits] = keys[j];
+            choice->ends[hits] = end;
+            choice->chosen_priorities[hits++] = priority;
+        }
+    }
+    return choice->counts[row] = hits - before, hits;
+}
+
+CLONES static int64_t choose(const Choice *choice) {
+    int64_t hits = 0;
+    prefix(&choice->job);
+    for (int64_t row = 0; row < choice->job.rows; row++) hits = choose_row(choice, row, hits);
+    return hits;
+}
+
+int64_t halfulp_choose(const Choice *choice) { return choose(choice); }
+
+typedef struct {
+    const uint64_t *keys; const uint32_t *priorities; const uint64_t *least; int64_t pairs; /* sorted */
+    const uint64_t *new_keys; const uint32_t *new_priorities; const uint64_t *new_marks;
+    const int64_t *order; int64_t added; /* order: ascending new keys */
+    uint64_t *all_keys; uint32_t *all_priorities; uint64_t *all_least; int64_t *starts; /* what comes of it */
+    int64_t distinct;
+} Merge;
+
+/* One more of the `count` smallest different priorities; returns how many there are then. */
+INLINE int64_t insert(uint32_t *priorities, int64_t count, uint32_t priority) {
+    int64_t at = count;
+    while (at && priorities[at - 1] > priority) at--;
+    if (at == MOST_UNITS || (at && priorities[at - 1] == priority)) return count;
+    if (count == MOST_UNITS) count--;
+    memmove(priorities + at + 1, priorities + at, (count - at) * sizeof *priorities);
+    priorities[at] = priority;
+    return count + 1;
+}
+
+int64_t halfulp_merge(Merge *m) {
+    int64_t out = 0;
+    for (int64_t i = 0, d = 0, j = 0; i < m->pairs || j < m->added;) {
+        uint64_t key = j < m->added ? m->new_keys[m->order[j]] : UINT64_MAX, mark = UINT64_MAX;
+        int64_t count = 0;
+        if (i < m->pairs && m->keys[i] <= key) {
+            key = m->keys[i];
+            mark = m->least[d++];
+            for (; i < m->pairs && m->keys[i] == key; i++) m->all_priorities[out + count++] = m->priorities[i];
+        }
+        for (int64_t at; j < m->added && m->new_keys[at = m->order[j]] == key; j++) {
+            count = insert(m->all_priorities + out, count, m->new_priorities[at]);
+            if (m->new_marks[at] < mark) mark = m->new_marks[at];
+        }
+        m->starts[m->distinct] = out;
+        m->all_least[m->distinct++] = mark;
+        for (; count; count--) m->all_keys[out++] = key;
+    }
+    return out;
+}
