@@ -123,7 +123,7 @@ def prefix(block: Block, work: np.ndarray | None = None, factor: int = 1) -> np.
     mixed, scratch = work[:, 1:]
     np.add(block.tokens, np.uint64(OFFSET), out=mixed, dtype=np.uint64)
     murmur.fmix(mixed, scratch)
-    room = _room(size)
+    room = table_length(size)
     np.multiply(mixed, powers(pow(BASE, -1, 1 << 64), room)[:size], out=mixed)
     np.cumsum(mixed, out=mixed)
     np.multiply(mixed, powers(BASE, room, factor)[:size], out=mixed)
@@ -144,16 +144,6 @@ def ngram_keys(block: Block, sums: np.ndarray, n: int, out: np.ndarray | None = 
     out = np.empty(size - first, np.uint64) if out is None else out[: size - first]
     np.multiply(sums[first + 1 - n : size + 1 - n], pow(BASE, n, 1 << 64), out=out)
     return np.subtract(sums[first + 1 :], out, out=out)
-
-
-def span_keys(symbols: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Keys of the spans symbols[starts[i]:ends[i]], as if each were an n-gram; 0 for an empty one.
-
-    Needs 32 bytes of memory per symbol: give stretches, and join the keys of a cut span.
-    """
-    block = Block(unsigned(symbols), 0, np.zeros(1, np.int64))
-    sums = prefix(block)
-    return sums[ends] - sums[starts] * powers(BASE, _room(len(symbols)))[ends - starts]
 
 
 def join(left: int, right: int, right_length: int) -> int:
@@ -186,6 +176,6 @@ def powers(base: int, count: int, first: int = 1) -> np.ndarray:
     return table
 
 
-def _room(size: int) -> int:
+def table_length(size: int) -> int:
     """Length of the tables of powers for so many tokens: few lengths, so that few are kept."""
     return max(BLOCK + MOST, 1 << size.bit_length())

@@ -49,7 +49,7 @@ def _load() -> ctypes.CDLL:
         "ngrams", Path(__file__).parent, ("ngrams.c", "sample.c"), ("keys.c", "../numerics/round.h")
     )
     library = ctypes.CDLL(str(path))
-    for name in ("halfulp_ngrams", "halfulp_choose", "halfulp_merge"):
+    for name in ("halfulp_ngrams", "halfulp_choose", "halfulp_merge", "halfulp_prefix"):
         function = getattr(library, name)
         function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_void_p]
     return library

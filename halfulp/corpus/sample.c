@@ -1,4 +1,4 @@
-/* What belongs to samples: the C twin of choose.py and of merged in pairs.py. */
+/* What belongs to samples: the C twin of choose.py and of merged in pairs.py; and prefix of keys.py. */
 
 #include "keys.c"
 
@@ -9,7 +9,7 @@ typedef struct { uint64_t key; uint32_t last, bound; } Known; /* KNOWN of adapti
 typedef struct {
     Job job; /* cuts: keys above are left out; hits: those chosen, row after row */
     const int64_t *unit_ends; const uint32_t *priorities; /* [units] of the block */
-    Known *const *known; int64_t slots, *counts; /* [rows]: chosen of each */
+    Known *const *known; int64_t slots, *counts; /* slots: a power of two; counts [rows]: chosen of each */
     int64_t *ends; uint32_t *chosen_priorities;
 } Choice;
 
@@ -39,7 +39,7 @@ INLINE int64_t choose_row(const Choice *choice, int64_t row, int64_t hits) {
         EACH(near, j) {
             const int64_t end = first + j;
             while (choice->unit_ends[unit] <= end) unit++;
-            Known *known = choice->known[row] + keys[j] % choice->slots;
+            Known *known = choice->known[row] + (keys[j] & (choice->slots - 1));
             const uint32_t priority = choice->priorities[unit];
             if (passed_over(known, keys[j], priority) || !inside(job, end, n)) continue;
             remember(known, keys[j], priority);
@@ -57,6 +57,10 @@ CLONES static int64_t choose(const Choice *choice) {
     for (int64_t row = 0; row < choice->job.rows; row++) hits = choose_row(choice, row, hits);
     return hits;
 }
+
+CLONES static int64_t sums(const Job *job) { prefix(job); return job->size; }
+
+int64_t halfulp_prefix(const Job *job) { return sums(job); }
 
 int64_t halfulp_choose(const Choice *choice) { return choose(choice); }
 

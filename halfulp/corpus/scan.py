@@ -9,9 +9,9 @@ from halfulp.corpus.adaptive import Sample
 from halfulp.corpus.config import CountConfig
 from halfulp.corpus.family import Family
 from halfulp.corpus.read import Notes
+from halfulp.corpus.spans import Spans
 from halfulp.corpus.symbols import batches
 from halfulp.corpus.tally import Tally
-from halfulp.corpus.words import Spans
 from halfulp.data.corpus import SourceFile
 
 

@@ -9,8 +9,9 @@ import numpy as np
 from halfulp.corpus.config import CountConfig
 from halfulp.corpus.family import Symbols
 from halfulp.corpus.read import Group, Notes, groups
+from halfulp.corpus.spans import Spans, spans
 from halfulp.corpus.tally import priorities_of
-from halfulp.corpus.words import Spans, Words, document_starts, spans
+from halfulp.corpus.words import Words, document_starts
 from halfulp.data.corpus import SourceFile
 from halfulp.data.tokenizer import Bytes, Tokenizer, load_tokenizer
 

@@ -9,12 +9,11 @@ import hashlib
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from halfulp.corpus import murmur
-from halfulp.corpus.keys import join, span_keys
+from halfulp.corpus.spans import Spans, spans
 
 LONGEST = 1 << 16  # bytes; a longer word is cut there
 _SPACE, _WORD, _SINGLE = 0, 1, 2
@@ -39,16 +38,8 @@ class WordBatch:
     words: np.ndarray
     cuts: np.ndarray
     starts: np.ndarray
-    lines: "Spans"
-    documents: "Spans"
-
-
-class Spans(NamedTuple):
-    """Sequences that ended: their `keys`, the `pieces` in which they ended, symbols in each [n]."""
-
-    keys: np.ndarray
-    pieces: np.ndarray
-    lengths: np.ndarray
+    lines: Spans
+    documents: Spans
 
 
 class Words:
@@ -89,23 +80,6 @@ class Words:
 def document_starts(cuts: np.ndarray, last: np.ndarray, fresh: bool) -> np.ndarray:
     """Positions where documents begin; `fresh`: whether the first piece begins one."""
     return np.concatenate([[0], cuts[:-1]])[np.concatenate([[fresh], last[:-1]])]
-
-
-def spans(
-    symbols: np.ndarray, ends: np.ndarray, pieces: np.ndarray, begun: tuple[int, int]
-) -> tuple[Spans, tuple[int, int]]:
-    """The spans up to each of `ends` that hold a symbol, and what is open after them.
-
-    `begun` and the second value: key and symbols of the span that is open before and after.
-    """
-    bounds = np.concatenate([[0], ends, [len(symbols)]])
-    keys = span_keys(symbols, bounds[:-1], bounds[1:])
-    lengths = np.diff(bounds)
-    keys[0] = join(begun[0], int(keys[0]), int(lengths[0]))
-    lengths[0] += begun[1]
-    filled = np.flatnonzero(lengths[:-1])
-    open_ = (int(keys[-1]), int(lengths[-1]))
-    return Spans(keys[filled], pieces[filled], lengths[filled]), open_
 
 
 def _spans(data: bytes) -> tuple[np.ndarray, np.ndarray]:

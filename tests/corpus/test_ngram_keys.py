@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from halfulp.corpus.keys import BASE, OFFSET, Stream, join, ngram_keys, prefix, span_keys
+from halfulp.corpus.keys import BASE, OFFSET, Stream, join, ngram_keys, prefix
+from halfulp.corpus.spans import span_keys
 
 MASK = (1 << 64) - 1
 
