@@ -13,7 +13,7 @@ import numpy as np
 from halfulp.corpus.pairs import MOST_UNITS, Pairs, key_starts, merged
 
 _WAITING = 1 << 16  # occurrences that wait for the next sort, at least
-SLOTS = 1 << 15  # of `known`: a key has one by its lowest bits
+_LEAST_SLOTS, _MOST_SLOTS = 1 << 12, 1 << 15  # of `known`: what is seldom used should be small
 KNOWN = np.dtype([("key", "<u8"), ("last", "<u4"), ("bound", "<u4")])
 _NO_BOUND = 2**32 - 1
 
@@ -25,8 +25,8 @@ class Sample:
     `keys`, `priorities` [pairs], sorted: a key stands once for each of its units, at most
     MOST_UNITS times, those of the smallest priorities. `least` [distinct keys]: the smallest mark.
     A key is kept when it is below 2^(64 − shift). Call `settle` before reading.
-    `known` [0 or SLOTS]: units of priorities above a key's bound can be passed over, and so can the
-    unit `last` met where marks ascend.
+    `known` [a power of two]: a key has a slot by its lowest bits. Units of priorities above its
+    bound can be passed over, and so can the unit `last` met where marks ascend.
     """
 
     limit: int
@@ -36,7 +36,7 @@ class Sample:
     least: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def __post_init__(self) -> None:
-        self.known = np.empty(0, KNOWN)
+        self.known = nothing_known(2)
         self._make_room(0)
 
     def chosen(self, keys: np.ndarray) -> np.ndarray:
@@ -52,8 +52,8 @@ class Sample:
 
     def add(self, keys: np.ndarray, priorities: np.ndarray, marks: np.ndarray) -> None:
         """Occurrences of `chosen` keys: the priority of the unit and a mark for each, [n]."""
-        if len(self.known):
-            known = self.known[keys & np.uint64(SLOTS - 1)]
+        if len(self.known) > 2:
+            known = self.known[keys & np.uint64(len(self.known) - 1)]
             kept = np.flatnonzero((known["key"] != keys) | (priorities <= known["bound"]))
             keys, priorities, marks = keys[kept], priorities[kept], marks[kept]
         self.hold(keys, priorities, marks)
@@ -102,21 +102,13 @@ class Sample:
         """Keys that have MOST_UNITS units: later units can seldom change them."""
         ends = np.append(pairs.starts[1:], len(pairs.keys))
         full = ends[ends - pairs.starts == MOST_UNITS] - 1
-        if not len(full) and not len(self.known):
-            return
         # In one slot the key of the most units stays, as it comes most often.
-        full = full[np.argsort(self.priorities[full])[::-1]]
-        if not len(self.known):
-            self.known = np.empty(SLOTS, KNOWN)
-        self.forget()
-        slots = self.keys[full] & np.uint64(SLOTS - 1)
-        self.known["key"][slots] = self.keys[full]
-        self.known["last"][slots] = self.known["bound"][slots] = self.priorities[full]
-
-    def forget(self) -> None:
-        """Empty `known`, where it lies: another key's slot stands for none."""
-        self.known["key"] = np.arange(SLOTS, dtype=np.uint64) ^ np.uint64(1)
-        self.known["bound"] = _NO_BOUND
+        full = full[np.argsort(pairs.priorities[full])[::-1]]
+        wanted = 1 << (2 * len(full)).bit_length()
+        self.known = nothing_known(min(max(wanted, _LEAST_SLOTS), _MOST_SLOTS))
+        slots = pairs.keys[full] & np.uint64(len(self.known) - 1)
+        self.known["key"][slots] = pairs.keys[full]
+        self.known["last"][slots] = self.known["bound"][slots] = pairs.priorities[full]
 
     @property
     def exact(self) -> bool:
@@ -132,6 +124,14 @@ class Sample:
     def rel_std(self) -> float:
         """Relative standard error of `distinct`; 0 when it was counted."""
         return 0.0 if self.exact else math.sqrt((1 - 0.5**self.shift) / max(1, len(self.least)))
+
+
+def nothing_known(slots: int = _LEAST_SLOTS) -> np.ndarray:
+    """A table `known` without entries."""
+    known = np.zeros(slots, KNOWN)
+    known["key"] = np.arange(slots, dtype=np.uint64) ^ np.uint64(1)  # a key of another slot
+    known["bound"] = _NO_BOUND
+    return known
 
 
 def units_of(keys: np.ndarray) -> np.ndarray:

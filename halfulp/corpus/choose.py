@@ -37,6 +37,8 @@ class Choice:
 class NumpyChooser:
     """Gives blocks to the samples; keeps the work arrays of one block."""
 
+    block = BLOCK  # tokens
+
     def __init__(self, choice: Choice) -> None:
         self._choice = choice
         self._work = np.empty((3, BLOCK + MOST + 1), np.uint64)

@@ -41,7 +41,7 @@ class Family:
         place = self._shard + self._stream.tokens
         self._count(batch)
         at = 0
-        for block in self._stream.blocks(batch.symbols, batch.starts):
+        for block in self._stream.blocks(batch.symbols, batch.starts, size=self._chooser.block):
             first = int(np.searchsorted(batch.cuts, at, side="right"))
             zero = at - block.context  # where the block's position 0 is in the batch
             units = Units(batch.cuts[first:] - zero, batch.priorities[first:], place + zero)

@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 
 from halfulp.corpus import native
-from halfulp.corpus.adaptive import KNOWN, SLOTS
+from halfulp.corpus.adaptive import nothing_known
 from halfulp.corpus.choose import Choice, NumpyChooser, Units
 from halfulp.corpus.keys import BLOCK, MOST, Block
 from halfulp.corpus.native import Job, described
@@ -17,7 +17,6 @@ class _Choice(ctypes.Structure):
     _fields_ = (
         ("job", Job),
         *((name, ctypes.c_void_p) for name in ("unit_ends", "priorities", "known")),
-        ("slots", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("counts", "ends", "chosen_priorities")),
     )
 
@@ -25,18 +24,18 @@ class _Choice(ctypes.Structure):
 class NativeChooser:
     """NumpyChooser in C: samples that hold the same."""
 
+    block = 2 * BLOCK  # tokens
+
     def __init__(self, choice: Choice, library: ctypes.CDLL) -> None:
         self._choice = choice
         self._library = library
         self._orders = np.asarray(choice.orders, np.int64)
-        self._sums = np.empty(BLOCK + MOST + 1, np.uint64)
-        self._keys, self._ends = np.empty((2, len(choice.orders) * BLOCK), np.int64)
+        self._sums = np.empty(self.block + MOST + 1, np.uint64)
+        self._keys, self._ends = np.empty((2, len(choice.orders) * self.block), np.int64)
         self._priorities = np.empty(len(self._keys), np.uint32)
         self._counts = np.empty(len(choice.orders), np.int64)
         for sample in choice.samples:
-            sample.known = np.empty(SLOTS, KNOWN)
-            sample.forget()
-        self._known = np.array([s.known.ctypes.data for s in choice.samples], np.uintp)
+            sample.known = nothing_known()
 
     def feed(self, block: Block, units: Units) -> None:
         """Add the block's sequences to their samples; marks ascend."""
@@ -49,11 +48,9 @@ class NativeChooser:
             *(0, None, cuts.ctypes.data, self._sums.ctypes.data),
             *(None, None, self._keys.ctypes.data),
         )
-        before = (unit_ends, priorities, self._known)
-        after = (self._counts, self._ends, self._priorities)
-        made = _Choice(
-            job, *(x.ctypes.data for x in before), SLOTS, *(x.ctypes.data for x in after)
-        )
+        known = np.array([(s.known.ctypes.data, len(s.known)) for s in choice.samples], np.uint64)
+        arrays = (unit_ends, priorities, known, self._counts, self._ends, self._priorities)
+        made = _Choice(job, *(array.ctypes.data for array in arrays))
         self._library.halfulp_choose(ctypes.byref(made))
         at = 0
         for sample, count in zip(choice.samples, self._counts.tolist(), strict=True):

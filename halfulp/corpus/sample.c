@@ -6,10 +6,12 @@
 
 typedef struct { uint64_t key; uint32_t last, bound; } Known; /* KNOWN of adaptive.py */
 
+typedef struct { Known *slots; uint64_t count; } Table; /* count: a power of two */
+
 typedef struct {
     Job job; /* cuts: keys above are left out; hits: those chosen, row after row */
     const int64_t *unit_ends; const uint32_t *priorities; /* [units] of the block */
-    Known *const *known; int64_t slots, *counts; /* slots: a power of two; counts [rows]: chosen of each */
+    const Table *known; int64_t *counts; /* [rows]; counts: chosen of each */
     int64_t *ends; uint32_t *chosen_priorities;
 } Choice;
 
@@ -27,8 +29,8 @@ INLINE void remember(Known *known, uint64_t key, uint32_t priority) {
 INLINE int64_t choose_row(const Choice *choice, int64_t row, int64_t hits) {
     const Job *job = &choice->job;
     const int64_t n = job->orders[row], size = job->size, before = hits;
-    const uint64_t cut = job->cuts[row];
-    const uint64_t power = power_of(n);
+    const uint64_t cut = job->cuts[row], power = power_of(n);
+    const Table table = choice->known[row];
     uint64_t keys[GROUP];
     uint8_t near[GROUP];
     for (int64_t unit = 0, first = first_end(job, n); first < size; first += GROUP) {
@@ -39,7 +41,7 @@ INLINE int64_t choose_row(const Choice *choice, int64_t row, int64_t hits) {
         EACH(near, j) {
             const int64_t end = first + j;
             while (choice->unit_ends[unit] <= end) unit++;
-            Known *known = choice->known[row] + (keys[j] & (choice->slots - 1));
+            Known *known = table.slots + (keys[j] & (table.count - 1));
             const uint32_t priority = choice->priorities[unit];
             if (passed_over(known, keys[j], priority) || !inside(job, end, n)) continue;
             remember(known, keys[j], priority);
