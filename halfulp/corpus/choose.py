@@ -11,6 +11,8 @@ import numpy as np
 from halfulp.corpus.adaptive import Sample
 from halfulp.corpus.keys import BLOCK, MOST, Block, first_end, ngram_keys, prefix
 
+_SLOTS = 1 << 13
+
 
 @dataclass(frozen=True)
 class Units:
@@ -37,15 +39,18 @@ class Choice:
 class NumpyChooser:
     """Gives blocks to the samples; keeps the work arrays of one block."""
 
-    block = BLOCK  # tokens
+    block = 4 * BLOCK  # tokens
 
     def __init__(self, choice: Choice) -> None:
         self._choice = choice
-        self._work = np.empty((3, BLOCK + MOST + 1), np.uint64)
+        self._slots = np.empty(_SLOTS, np.int64)
+        self._work = np.empty((3, self.block + MOST + 1), np.uint64)
 
     def feed(self, block: Block, units: Units) -> None:
         """Add the block's sequences to their samples; marks ascend."""
         choice = self._choice
+        lengths = np.diff(np.minimum(units.ends, len(block.tokens)), prepend=0)
+        of_unit = np.repeat(units.priorities, lengths)
         sums = prefix(block, self._work[:2, : len(block.tokens) + 1])
         for n, sample in zip(choice.orders, choice.samples, strict=True):
             keys = ngram_keys(block, sums, n, out=self._work[2])
@@ -53,5 +58,15 @@ class NumpyChooser:
             ends = chosen + first_end(block, n)
             inside = block.inside(ends, n, apart=choice.apart)
             chosen, ends = chosen[inside], ends[inside]
-            priorities = units.priorities[np.searchsorted(units.ends, ends, side="right")]
-            sample.add(keys[chosen], priorities, (ends + units.place).astype(np.uint64))
+            keys, priorities = keys[chosen], of_unit[ends]
+            first = np.flatnonzero(~self._repeated(keys, priorities))
+            marks = (ends[first] + units.place).view(np.uint64)
+            sample.add(keys[first], priorities[first], marks)
+
+    def _repeated(self, keys: np.ndarray, priorities: np.ndarray) -> np.ndarray:
+        """Mask of pairs that were there before, as far as a small table shows."""
+        slots = (keys & np.uint64(_SLOTS - 1)).view(np.int64)
+        self._slots[slots[::-1]] = np.arange(len(keys) - 1, -1, -1)
+        before = self._slots[slots]  # the first one in the slot
+        repeated = (keys[before] == keys) & (priorities[before] == priorities)
+        return repeated & (before != np.arange(len(keys)))
