@@ -17,16 +17,18 @@ SLACK = np.uint64(1 << 33)
 def fmix(x: np.ndarray, scratch: np.ndarray) -> None:
     """Murmur's 64-bit finalizer, a bijection with fmix(0) = 0, in place; `scratch`: as long."""
     almost(x, scratch)
+    np.multiply(x, _FMIX[1], out=x)
     np.right_shift(x, _33, out=scratch)
     np.bitwise_xor(x, scratch, out=x)
 
 
 def almost(x: np.ndarray, scratch: np.ndarray) -> None:
-    """The finalizer but for its last step x ^ x >> 33, which leaves the upper 33 bits alone."""
-    for factor in _FMIX:
-        np.right_shift(x, _33, out=scratch)
-        np.bitwise_xor(x, scratch, out=x)
-        np.multiply(x, factor, out=x)
+    """The finalizer before its last product, in place; `scratch`: as long."""
+    np.right_shift(x, _33, out=scratch)
+    np.bitwise_xor(x, scratch, out=x)
+    np.multiply(x, _FMIX[0], out=x)
+    np.right_shift(x, _33, out=scratch)
+    np.bitwise_xor(x, scratch, out=x)
 
 
 def hash_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +54,8 @@ def halves(a: np.ndarray, b: np.ndarray, scratch: np.ndarray) -> None:
 
 def finished(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(h1, h2) from the two numbers that `halves` leaves."""
-    b = b ^ b >> _33
+    a, b = a * _FMIX[1], b * _FMIX[1]
+    b ^= b >> _33
     h1 = (a ^ a >> _33) + b
     return h1, h1 + b
 
@@ -60,9 +63,11 @@ def finished(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def at_most(a: np.ndarray, b: np.ndarray, bound: int, out: np.ndarray) -> np.ndarray:
     """Indices of all hashes whose h2 is ≤ bound, and of very few others; `out`: scratch.
 
-    a + 2b differs from h2 by less than 3 · 2^31, which the last step of the finalizer may change.
+    One product serves both halves: f a + 2 f b = f (a + 2 b). It differs from h2 by less than
+    3 · 2^31, which the last step of the finalizer, x ^ x >> 33, may change.
     """
     np.add(a, b, out=out)
     np.add(out, b, out=out)
+    np.multiply(out, _FMIX[1], out=out)
     np.add(out, SLACK, out=out)
     return np.flatnonzero(out <= np.uint64(min(bound + 2 * int(SLACK), (1 << 64) - 1)))

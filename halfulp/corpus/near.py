@@ -13,6 +13,8 @@ from halfulp.corpus.hll import raise_registers, raises, slots_of
 from halfulp.corpus.keys import BLOCK, MOST, Block, first_end, ngram_keys, prefix
 
 LARGEST_HASH = (1 << 64) - 1
+_MANY = LARGEST_HASH >> 1  # a bound from here on: half of all hashes
+_LG_MET = 14
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,15 @@ class NumpyNear:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._work = np.empty((4, BLOCK + MOST), np.uint64)
+        self._met: dict[int, np.ndarray] = {}
 
     def feed(self, block: Block, cuts: np.ndarray) -> Hits:
         """Raise the registers; the hits are the n-grams with h2 ≤ cuts [orders] uint64, cut > 0."""
         task, size = self._task, len(block.tokens)
         sums = prefix(block, self._work[:2, : size + 1], int(murmur.FIRST))
         least = task.registers.min(axis=1).tolist()
-        bounds = [
-            max(((1 << 64) - 1) >> low, int(cut)) for low, cut in zip(least, cuts, strict=True)
-        ]
-        pairs = zip(task.orders, bounds, strict=True)
-        found = [_near(block, sums, n, bound, self._work[1:]) for n, bound in pairs]
+        bounds = [max(LARGEST_HASH >> low, int(cut)) for low, cut in zip(least, cuts, strict=True)]
+        found = [self._near(block, sums, row, bound) for row, bound in enumerate(bounds)]
         ends, a, b = map(np.concatenate, zip(*found, strict=True))
         rows = np.repeat(np.arange(len(found)), [len(e) for e, _, _ in found])
         h1, h2 = murmur.finished(a, b)
@@ -74,14 +74,34 @@ class NumpyNear:
         hit = (h2 <= cuts[rows]) & (cuts[rows] > 0)
         return Hits(rows[hit], h2[hit])
 
+    def _near(
+        self, block: Block, sums: np.ndarray, row: int, bound: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ends, and hashes but for the last steps, of all n-grams with h2 ≤ bound and some more.
 
-def _near(
-    block: Block, sums: np.ndarray, n: int, bound: int, work: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ends, and hashes but for the last step, of all n-grams with h2 ≤ bound and a few others."""
-    first = first_end(block, n)
-    a, b, scratch = work[:, : len(block.tokens) - first]
-    ngram_keys(block, sums, n, out=a)
-    murmur.halves(a, b, scratch)
-    near = murmur.at_most(a, b, bound, scratch)
-    return near + first, a[near], b[near]
+        Those that were met lately are left out where most others would have to be looked at.
+        """
+        n = self._task.orders[row]
+        first = first_end(block, n)
+        a, b, scratch = self._work[1:, : len(block.tokens) - first]
+        ngram_keys(block, sums, n, out=a)
+        if bound < _MANY:
+            murmur.halves(a, b, scratch)
+            near = murmur.at_most(a, b, bound, scratch)
+            return near + first, a[near], b[near]
+        ends = self._not_met(block, n, a, scratch)
+        a = a[ends - first]
+        b, scratch = b[: len(a)], scratch[: len(a)]
+        murmur.halves(a, b, scratch)
+        return ends, a, b.copy()
+
+    def _not_met(self, block: Block, n: int, keys: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+        """Ends of the n-grams in one document whose key is not in the table; it is afterwards."""
+        if n not in self._met:
+            self._met[n] = ~np.arange(1 << _LG_MET, dtype=np.uint64) << np.uint64(64 - _LG_MET)
+        slots = np.right_shift(keys, np.uint64(64 - _LG_MET), out=scratch).view(np.int64)
+        fresh = np.flatnonzero(self._met[n].take(slots) != keys)
+        ends = fresh + first_end(block, n)
+        inside = block.inside(ends, n, apart=self._task.apart)
+        self._met[n][slots[fresh[inside]]] = keys[fresh[inside]]
+        return ends[inside]
