@@ -94,12 +94,12 @@ def rel_std(lg_k: int) -> float:
 
 def slots_of(h1: np.ndarray, lg_k: int) -> np.ndarray:
     """The register of each key."""
-    return (h1 & np.uint64((1 << lg_k) - 1)).astype(np.int64)
+    return (h1 & np.uint64((1 << lg_k) - 1)).view(np.int64)
 
 
 def raises(registers: np.ndarray, slots: np.ndarray, h2: np.ndarray) -> np.ndarray:
     """Which keys would raise their register (mask)."""
-    return h2 <= _BOUNDS[registers[slots]]
+    return h2 <= _BOUNDS.take(registers.take(slots))
 
 
 def raise_registers(registers: np.ndarray, slots: np.ndarray, h2: np.ndarray) -> None:

@@ -4,7 +4,9 @@ Few do: an n-gram counts only if its hash is below what the lowest register hold
 last steps of the hash, and the question whether it lies in one document, are for those alone.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +17,16 @@ from halfulp.corpus.keys import BLOCK, MOST, Block, first_end, ngram_keys, prefi
 LARGEST_HASH = (1 << 64) - 1
 _MANY = LARGEST_HASH >> 1  # a bound from here on: half of all hashes
 _LG_MET = 14
+_TOGETHER = 1 << 13  # hashes looked at at once: for more, the system would give memory every time
+
+
+class Found(NamedTuple):
+    """N-grams of one row: their `ends`, and hashes but for the last steps, each [found]."""
+
+    row: int
+    ends: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -57,9 +69,25 @@ class NumpyNear:
         sums = prefix(block, self._work[:2, : size + 1], int(murmur.FIRST))
         least = task.registers.min(axis=1).tolist()
         bounds = [max(LARGEST_HASH >> low, int(cut)) for low, cut in zip(least, cuts, strict=True)]
-        found = [self._near(block, sums, row, bound) for row, bound in enumerate(bounds)]
-        ends, a, b = map(np.concatenate, zip(*found, strict=True))
-        rows = np.repeat(np.arange(len(found)), [len(e) for e, _, _ in found])
+        hits, held, waiting = [], [], 0
+        for row, bound in enumerate(bounds):
+            for found in _cut(self._near(block, sums, row, bound)):
+                held.append(found)
+                waiting += len(found.ends)
+                if waiting >= _TOGETHER // 2:
+                    hits.append(self._raise(block, cuts, held))
+                    held, waiting = [], 0
+        if held:
+            hits.append(self._raise(block, cuts, held))
+        return Hits(*map(np.concatenate, zip(*hits, strict=True)))
+
+    def _raise(
+        self, block: Block, cuts: np.ndarray, found: Sequence[Found]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Raise the registers by what `_near` found in some rows; the rows and h2 of the hits."""
+        task = self._task
+        ends, a, b = (np.concatenate(parts) for parts in zip(*(f[1:] for f in found), strict=True))
+        rows = np.repeat([f.row for f in found], [len(f.ends) for f in found])
         h1, h2 = murmur.finished(a, b)
         slots = slots_of(h1, task.lg_k) + (rows << task.lg_k)
         registers = task.registers.reshape(-1)
@@ -72,12 +100,10 @@ class NumpyNear:
         rows, h2 = rows[chosen], h2[chosen]
         raise_registers(registers, slots[chosen], h2)
         hit = (h2 <= cuts[rows]) & (cuts[rows] > 0)
-        return Hits(rows[hit], h2[hit])
+        return rows[hit], h2[hit]
 
-    def _near(
-        self, block: Block, sums: np.ndarray, row: int, bound: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ends, and hashes but for the last steps, of all n-grams with h2 ≤ bound and some more.
+    def _near(self, block: Block, sums: np.ndarray, row: int, bound: int) -> Found:
+        """All n-grams with h2 ≤ bound and some more.
 
         Those that were met lately are left out where most others would have to be looked at.
         """
@@ -88,12 +114,12 @@ class NumpyNear:
         if bound < _MANY:
             murmur.halves(a, b, scratch)
             near = murmur.at_most(a, b, bound, scratch)
-            return near + first, a[near], b[near]
+            return Found(row, near + first, a[near], b[near])
         ends = self._not_met(block, n, a, scratch)
         a = a[ends - first]
         b, scratch = b[: len(a)], scratch[: len(a)]
         murmur.halves(a, b, scratch)
-        return ends, a, b.copy()
+        return Found(row, ends, a, b.copy())
 
     def _not_met(self, block: Block, n: int, keys: np.ndarray, scratch: np.ndarray) -> np.ndarray:
         """Ends of the n-grams in one document whose key is not in the table; it is afterwards."""
@@ -105,3 +131,9 @@ class NumpyNear:
         inside = block.inside(ends, n, apart=self._task.apart)
         self._met[n][slots[fresh[inside]]] = keys[fresh[inside]]
         return ends[inside]
+
+
+def _cut(found: Found) -> Iterator[Found]:
+    """The same in pieces of at most _TOGETHER; one without n-grams if there are none."""
+    for at in range(0, max(1, len(found.ends)), _TOGETHER):
+        yield Found(found.row, *(part[at : at + _TOGETHER] for part in found[1:]))
