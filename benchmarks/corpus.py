@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ VOCABULARY = 1 << 15
 LG_K = 14
 GOALS = {"numpy": 50.0, "c": 100.0}  # MB/s with all orders
 MOST_RSS = 64.0  # MB
+COPIES = 8
+PICKED = {"seconds": min, "memory": max}
 LOOP_PART = 20  # of the tokens, 1 in so many for a loop in Python
 
 
@@ -40,9 +43,13 @@ def main() -> None:
     made.add_argument("--megabytes", type=int, default=40)
     made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--one", nargs=2, metavar=("METHOD", "ORDERS"), help=argparse.SUPPRESS)
+    made.add_argument("--stats", nargs=2, metavar=("KERNEL", "COPIES"), help=argparse.SUPPRESS)
     args = made.parse_args()
     megabytes, repeats = (10, 1) if args.quick else (args.megabytes, args.repeats)
     folder = data(megabytes)
+    if args.stats:
+        print(json.dumps(measure_stats(folder, int(args.stats[1]))))
+        return
     if args.one:
         print(json.dumps(measure(args.one[0], folder, tuple(map(int, args.one[1].split(","))))))
         return
@@ -55,6 +62,7 @@ def main() -> None:
     report("One n: distinct 8-grams", list(METHODS), ONE, facts, megabytes, repeats)
     every = ", ".join(map(str, ORDERS))
     report(f"n = {every} at once", list(FAMILIES), ORDERS, facts, megabytes, repeats)
+    report_stats(f"halfulp corpus stats, tokens:n for n = {every}", facts, megabytes, repeats)
 
 
 def report(
@@ -91,12 +99,79 @@ def judged(speed: float, goal: float, memory: float) -> str:
     return f"{fast}; ≤ {MOST_RSS:g} MB, {'met' if memory <= MOST_RSS else 'missed'}"
 
 
+def report_stats(title: str, facts: dict, megabytes: int, repeats: int) -> None:
+    """Files to statistics, reading included: the text once, and a corpus of COPIES such texts."""
+    rows = []
+    for kernel in GOALS:
+        found = {}
+        for copies in (1, COPIES):
+            options = ["--stats", kernel, str(copies)]
+            turns = [run_apart(options, kernel, megabytes) for _ in range(repeats)]
+            found[copies] = {name: pick([t[name] for t in turns]) for name, pick in PICKED.items()}
+        seconds = {copies: one["seconds"] for copies, one in found.items()}
+        size = facts["bytes"] / 1e6
+        later = (seconds[COPIES] - seconds[1]) / (COPIES - 1)  # of each further text
+        speed, memory = COPIES * size / seconds[COPIES], found[COPIES]["memory"]
+        rows.append([
+            kernel, f"{size / seconds[1]:.0f}", f"{speed:.0f}", f"{size / later:.0f}",
+            f"{seconds[1] - later:.1f}", f"{memory:.0f}", judged(speed, GOALS[kernel], memory),
+        ])  # fmt: skip
+    head = (
+        "kernel", f"MB/s, {size:.0f} MB", f"MB/s, {COPIES * size:.0f} MB", "MB/s, after the first",
+        "warm-up, s", "extra memory, MB", "goal",
+    )  # fmt: skip
+    section(title, table(head, rows))
+
+
+def measure_stats(folder: Path, copies: int) -> dict:
+    """Seconds and megabytes of `halfulp corpus stats` on token files, in this process.
+
+    A further text is the first with its tokens renamed at random: other sequences, as likely to
+    repeat, which no small corpus has.
+    """
+    from halfulp.corpus.config import CountConfig
+    from halfulp.corpus.count import count
+    from halfulp.corpus.files import corpus_files
+
+    on_one_core()
+    tokens, starts = np.load(folder / "tokens.npy"), np.load(folder / "starts.npy")
+    end = VOCABULARY  # of a document
+    marked = np.append(np.insert(tokens, starts[1:], end), end).astype("<u2")
+    del tokens
+    config = CountConfig(tokens=ORDERS, end_token=end, vocab=VOCABULARY + 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        for copy in range(copies):
+            names = np.random.default_rng(copy).permutation(VOCABULARY)
+            renamed = np.append(names, end).astype("<u2")[marked]
+            renamed.tofile(Path(scratch) / f"{copy}.bin")
+            renamed[:5000].tofile(Path(scratch) / "small.bin")
+        del marked, renamed
+        count(corpus_files([f"{scratch}/small.bin"]), config, jobs=1)  # imports, builds, tables
+        files = corpus_files([f"{scratch}/{copy}.bin" for copy in range(copies)])
+        return clocked(lambda: count(files, config, jobs=1))
+
+
+def clocked(run: Callable[[], object]) -> dict:
+    """Seconds of the processor, megabytes of memory above those before."""
+    # The peak is inherited from the parent; 5 sets it back to what is in memory at the moment.
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = memory_mark("VmRSS"), time.process_time()
+    run()
+    seconds = time.process_time() - start
+    return {"seconds": seconds, "memory": memory_mark("VmHWM") - before}
+
+
 def in_a_process(name: str, orders: tuple[int, ...], megabytes: int) -> dict:
     """What `measure` finds, in a process of its own."""
-    command = [sys.executable, __file__, "--megabytes", str(megabytes)]
-    command += ["--one", name, ",".join(map(str, orders))]
-    kernel = {"numpy": "torch"}.get(KERNELS.get(name, "c"), "c")
+    kernel = KERNELS.get(name, "c")
+    return run_apart(["--one", name, ",".join(map(str, orders))], kernel, megabytes)
+
+
+def run_apart(options: list[str], kernel: str, megabytes: int) -> dict:
+    """What this script prints with these options, in a process with one thread."""
+    command = [sys.executable, __file__, "--megabytes", str(megabytes), *options]
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
+    kernel = {"numpy": "torch"}.get(kernel, kernel)
     environment = {**os.environ, "HALFULP_KERNEL": kernel, **one_thread}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
@@ -107,24 +182,24 @@ def measure(name: str, folder: Path, orders: tuple[int, ...]) -> dict:
     run, module = METHODS[name]
     if importlib.util.find_spec(module) is None:
         return {"absent": f"{module} is not installed"}
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    on_one_core()
     tokens, starts = np.load(folder / "tokens.npy"), np.load(folder / "starts.npy")
     part = LOOP_PART if name in LOOPS else 1
     run(tokens[:5000], starts[:1], orders)  # imports, builds, tables
     tokens = tokens[: len(tokens) // part]
     starts = starts[starts < len(tokens)]
-    # The peak is inherited from the parent; 5 sets it back to what is in memory at the moment.
-    Path("/proc/self/clear_refs").write_text("5")
-    before, start = memory_mark("VmRSS"), time.process_time()
-    counts = run(tokens, starts, orders)
-    seconds = time.process_time() - start
-    memory = memory_mark("VmHWM") - before
-    found = {"seconds": seconds, "memory": memory, "counts": counts, "part": part}
+    counts = {}
+    found = clocked(lambda: counts.update(run(tokens, starts, orders)))
+    found |= {"counts": counts, "part": part}
     if part > 1:
         exact = halfulp_exact(tokens, starts, orders)
         found["errors"] = [counts[n] / exact[n] - 1 for n in counts]
     return found | {"tokens": len(tokens) * part}
+
+
+def on_one_core() -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def memory_mark(name: str) -> float:

@@ -9,7 +9,7 @@ from halfulp.corpus.adaptive import Sample
 from halfulp.corpus.choose import Choice, Units
 from halfulp.corpus.keys import Stream
 from halfulp.corpus.native_choose import chooser
-from halfulp.corpus.tally import PLACE_BITS, Tally
+from halfulp.corpus.tally import PLACE_BITS, Tally, cells_of
 
 
 class Symbols(NamedTuple):
@@ -54,10 +54,11 @@ class Family:
         begins = np.concatenate([[0], batch.cuts[:-1]])
         document = documents[np.searchsorted(batch.starts, begins, side="right")]
         before, after = begins - document, batch.cuts - document
+        cells = cells_of(batch.priorities)
         for n, tally in self.tallies.items():
             if self._apart:
                 found = after // n - before // n
             else:
                 found = np.maximum(after - n + 1, 0) - np.maximum(before - n + 1, 0)
-            tally.count(found, batch.priorities)
+            tally.count(found, cells)
         self._open = len(batch.symbols) - int(documents[-1])

@@ -46,6 +46,8 @@ def no_pairs() -> Pairs:
 
 def merged(pairs: Pairs, keys: np.ndarray, priorities: np.ndarray, marks: np.ndarray) -> Pairs:
     """`pairs` and other ones [n] in any order, with a mark for each."""
+    if not len(keys):
+        return pairs
     library, _ = native.status()
     if library is None:
         return _merged(pairs, keys, priorities, marks)

@@ -11,7 +11,7 @@ from halfulp.corpus.family import Family
 from halfulp.corpus.read import Notes
 from halfulp.corpus.spans import Spans
 from halfulp.corpus.symbols import batches
-from halfulp.corpus.tally import Tally
+from halfulp.corpus.tally import Tally, cells_of
 from halfulp.data.corpus import SourceFile
 
 
@@ -96,7 +96,7 @@ def stream_of(definition: str) -> str:
 
 def _count(tally: Tally, spans: Spans, priorities: np.ndarray) -> None:
     priorities = priorities[spans.pieces]
-    tally.count(np.ones(len(spans.keys), np.int64), priorities)
+    tally.count(np.ones(len(spans.keys), np.int64), cells_of(priorities))
     chosen = tally.sample.chosen(spans.keys)
     lengths = spans.lengths[chosen].astype(np.uint64)
     tally.sample.add(spans.keys[chosen], priorities[chosen], lengths)

@@ -31,9 +31,9 @@ class Tally:
     sample: Sample
     steps: np.ndarray = field(default_factory=lambda: np.zeros((GROUPS, STEPS), np.int64))
 
-    def count(self, occurrences: np.ndarray, priorities: np.ndarray) -> None:
-        """Take in how often it occurs in each unit."""
-        np.add.at(self.steps, (group_of(priorities), step_of(priorities)), occurrences)
+    def count(self, occurrences: np.ndarray, cells: np.ndarray) -> None:
+        """Take in how often it occurs in each unit, and their `cells_of` priorities."""
+        np.add.at(self.steps.reshape(-1), cells, occurrences)
 
     def merge(self, other: "Tally") -> None:
         """Take in another part of the corpus."""
@@ -56,6 +56,11 @@ def priorities_of(numbers: np.ndarray) -> np.ndarray:
     mixed = numbers + np.uint64(1)
     murmur.fmix(mixed, np.empty_like(mixed))
     return (mixed >> np.uint64(32)).astype(np.uint32)
+
+
+def cells_of(priorities: np.ndarray) -> np.ndarray:
+    """Where in a tally's `steps`, flat, the units of these priorities are counted."""
+    return group_of(priorities) * STEPS + step_of(priorities)
 
 
 def step_of(priorities: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ def fed(limit: int, keys, priorities, marks, block: int) -> Sample:
     return sample
 
 
+@pytest.mark.usefixtures("counting_kernel")
 @pytest.mark.parametrize("limit", [100_000, 3000])
 def test_units_and_marks_are_those_of_a_dictionary(limit):
     keys, priorities, marks = stream(200_000, 20_000, 900)
@@ -51,6 +52,7 @@ def test_units_and_marks_are_those_of_a_dictionary(limit):
     assert len(few) > 100
 
 
+@pytest.mark.usefixtures("counting_kernel")
 def test_blocks_and_shards_give_the_same_sample():
     keys, priorities, marks = stream(150_000, 30_000, 400)
     marks = np.arange(len(keys), dtype=np.uint64)  # in the order of the text, as places are
@@ -61,6 +63,31 @@ def test_blocks_and_shards_give_the_same_sample():
         merged.merge(fed(2000, keys[part], priorities[part], marks[part], 7777))
     for name in ("shift", "keys", "priorities", "least"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(merged, name))
+
+
+def test_a_threshold_known_before_changes_nothing_but_what_is_kept_on_the_way():
+    keys, priorities, marks = stream(100_000, 30_000, 400)
+    whole = fed(2000, keys, priorities, marks, 5000)
+    assert whole.shift > 2
+    begun = Sample(2000, shift=2)
+    chosen = begun.chosen(keys)
+    assert len(keys) / 8 < len(chosen) < len(keys) / 2
+    begun.add(keys[chosen], priorities[chosen], marks[chosen])
+    other = Sample(2000)
+    other.merge(begun)
+    for name in ("shift", "keys", "priorities"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(other, name))
+
+
+def test_an_empty_sample_with_a_higher_threshold_takes_keys_away():
+    keys = np.arange(1024, dtype=np.uint64) << np.uint64(54)
+    sample = fed(1024, keys, np.zeros(1024, np.uint32), keys, 99)
+    assert sample.exact
+    sample.merge(Sample(1024, shift=3))
+    assert (sample.shift, len(sample.keys), sample.distinct) == (3, 128, 1024)
+    nothing = Sample(1024)
+    nothing.merge(Sample(1024))
+    assert (nothing.distinct, nothing.exact) == (0, True)
 
 
 def test_the_estimate_lies_within_its_standard_error():

@@ -179,3 +179,27 @@ def test_text_jsonl_and_parquet_count_alike(tmp_path: Path, texts):
             )
     assert found[0].empty_documents + 1 == found[1].empty_documents  # a file of 0 bytes is none
     assert found[1].empty_documents == found[2].empty_documents
+
+
+@pytest.mark.usefixtures("counting_kernel")
+def test_the_thresholds_of_other_shards_change_nothing_in_the_union(tmp_path: Path):
+    random = np.random.default_rng(0)
+    files = []
+    for name in ("a.bin", "b.bin"):
+        write_tokens(tmp_path / name, [random.integers(0, 500, 30_000)], vocab=500)
+        files += corpus_files([str(tmp_path / name)])
+    config = CountConfig(tokens=(1, 2, 8), keep=4000)
+    parts = [scan(Shard(i, ((i, file),), config, 0)) for i, file in enumerate(files)]
+    shifts = {name: tally.sample.shift for name, tally in parts[0].tallies.items()}
+    assert shifts["tokens:8"] > 2
+    begun = scan(Shard(1, ((1, files[1]),), config, 0, shifts))
+    unions = []
+    for second in (parts[1], begun):
+        union = scan(Shard(0, ((0, files[0]),), config, 0))
+        union.merge(second)
+        unions.append(union)
+    for name, tally in unions[0].tallies.items():
+        other = unions[1].tallies[name]
+        for part in ("shift", "keys", "priorities", "least"):
+            np.testing.assert_array_equal(getattr(tally.sample, part), getattr(other.sample, part))
+        np.testing.assert_array_equal(tally.steps, other.steps)
