@@ -126,8 +126,8 @@ def report_stats(title: str, facts: dict, megabytes: int, repeats: int) -> None:
 def measure_stats(folder: Path, copies: int) -> dict:
     """Seconds and megabytes of `halfulp corpus stats` on token files, in this process.
 
-    A further text is the first with its tokens renamed at random: other sequences, as likely to
-    repeat, which no small corpus has.
+    A further text is the first with its tokens renamed at random among those of like frequency:
+    other sequences, that repeat as much.
     """
     from halfulp.corpus.config import CountConfig
     from halfulp.corpus.count import count
@@ -137,18 +137,25 @@ def measure_stats(folder: Path, copies: int) -> dict:
     tokens, starts = np.load(folder / "tokens.npy"), np.load(folder / "starts.npy")
     end = VOCABULARY  # of a document
     marked = np.append(np.insert(tokens, starts[1:], end), end).astype("<u2")
-    del tokens
     config = CountConfig(tokens=ORDERS, end_token=end, vocab=VOCABULARY + 1)
     with tempfile.TemporaryDirectory() as scratch:
         for copy in range(copies):
-            names = np.random.default_rng(copy).permutation(VOCABULARY)
+            names = renaming(tokens, copy)
             renamed = np.append(names, end).astype("<u2")[marked]
             renamed.tofile(Path(scratch) / f"{copy}.bin")
             renamed[:5000].tofile(Path(scratch) / "small.bin")
-        del marked, renamed
+        del tokens, marked, renamed
         count(corpus_files([f"{scratch}/small.bin"]), config, jobs=1)  # imports, builds, tables
         files = corpus_files([f"{scratch}/{copy}.bin" for copy in range(copies)])
         return clocked(lambda: count(files, config, jobs=1))
+
+
+def renaming(tokens: np.ndarray, seed: int) -> np.ndarray:
+    """A name for each token: that of another one among 64 neighbors in frequency."""
+    order = np.argsort(-np.bincount(tokens, minlength=VOCABULARY)).reshape(-1, 64)
+    names = np.empty(VOCABULARY, np.int64)
+    names[order] = np.random.default_rng(seed).permuted(order, axis=1)
+    return names
 
 
 def clocked(run: Callable[[], object]) -> dict:

@@ -17,22 +17,25 @@ class _Choice(ctypes.Structure):
     _fields_ = (
         ("job", Job),
         *((name, ctypes.c_void_p) for name in ("unit_ends", "priorities", "known")),
-        *((name, ctypes.c_void_p) for name in ("counts", "ends", "chosen_priorities")),
+        *(("counts", ctypes.c_void_p), ("room", ctypes.c_int64)),
+        *(("marks", ctypes.c_void_p), ("chosen_priorities", ctypes.c_void_p)),
+        ("place", ctypes.c_int64),
     )
 
 
 class NativeChooser:
     """NumpyChooser in C: samples that hold the same."""
 
-    block = 2 * BLOCK  # tokens
+    block = 4 * BLOCK  # tokens
 
     def __init__(self, choice: Choice, library: ctypes.CDLL) -> None:
         self._choice = choice
         self._library = library
         self._orders = np.asarray(choice.orders, np.int64)
         self._sums = np.empty(self.block + MOST + 1, np.uint64)
-        self._keys, self._ends = np.empty((2, len(choice.orders) * self.block), np.int64)
-        self._priorities = np.empty(len(self._keys), np.uint32)
+        room = (len(choice.orders), self.block)
+        self._keys, self._marks = np.empty((2, *room), np.uint64)
+        self._priorities = np.empty(room, np.uint32)
         self._counts = np.empty(len(choice.orders), np.int64)
         for sample in choice.samples:
             sample.known = nothing_known()
@@ -49,16 +52,17 @@ class NativeChooser:
             *(None, None, self._keys.ctypes.data),
         )
         known = np.array([(s.known.ctypes.data, len(s.known)) for s in choice.samples], np.uint64)
-        arrays = (unit_ends, priorities, known, self._counts, self._ends, self._priorities)
-        made = _Choice(job, *(array.ctypes.data for array in arrays))
+        made = _Choice(
+            job,
+            *(array.ctypes.data for array in (unit_ends, priorities, known, self._counts)),
+            *(self.block, self._marks.ctypes.data, self._priorities.ctypes.data, units.place),
+        )
         self._library.halfulp_choose(ctypes.byref(made))
-        at = 0
-        for sample, count in zip(choice.samples, self._counts.tolist(), strict=True):
-            part = slice(at, at + count)
-            at += count
+        chosen = zip(choice.samples, self._counts.tolist(), strict=True)
+        for row, (sample, count) in enumerate(chosen):
             if count:
-                marks = (self._ends[part] + units.place).view(np.uint64)
-                sample.hold(self._keys[part].view(np.uint64), self._priorities[part], marks)
+                arrays = (self._keys, self._priorities, self._marks)
+                sample.hold(*(array[row, :count] for array in arrays))
 
 
 def chooser(choice: Choice) -> NumpyChooser | NativeChooser:

@@ -3,16 +3,17 @@
 #include "keys.c"
 
 #define MOST_UNITS 13
+#define TILE 2048
 
 typedef struct { uint64_t key; uint32_t last, bound; } Known; /* KNOWN of adaptive.py */
 
 typedef struct { Known *slots; uint64_t count; } Table; /* count: a power of two */
 
 typedef struct {
-    Job job; /* cuts: keys above are left out; hits: those chosen, row after row */
+    Job job; /* cuts: keys above are left out; hits [rows][room]: those chosen */
     const int64_t *unit_ends; const uint32_t *priorities; /* [units] of the block */
-    const Table *known; int64_t *counts; /* [rows]; counts: chosen of each */
-    int64_t *ends; uint32_t *chosen_priorities;
+    const Table *known; int64_t *counts, room; /* [rows]; counts: chosen of each; room for each */
+    int64_t *marks; uint32_t *chosen_priorities; int64_t place; /* mark of position 0 */
 } Choice;
 
 /* Whether the sample can do without this occurrence. */
@@ -26,38 +27,50 @@ INLINE void remember(Known *known, uint64_t key, uint32_t priority) {
     else if (known->bound == UINT32_MAX) *known = (Known){key, priority, UINT32_MAX};
 }
 
-INLINE int64_t choose_row(const Choice *choice, int64_t row, int64_t hits) {
+/* The n-grams of a row that end in [first, last), behind the `hits` that it has already; unit: that of
+ * `first` or one before. */
+INLINE int64_t choose_row(const Choice *choice, int64_t row, int64_t unit, int64_t first, int64_t last, int64_t hits) {
     const Job *job = &choice->job;
-    const int64_t n = job->orders[row], size = job->size, before = hits;
+    const int64_t n = job->orders[row];
     const uint64_t cut = job->cuts[row], power = power_of(n);
     const Table table = choice->known[row];
     uint64_t keys[GROUP];
     uint8_t near[GROUP];
-    for (int64_t unit = 0, first = first_end(job, n); first < size; first += GROUP) {
-        const int64_t count = size - first < GROUP ? size - first : GROUP;
+    for (; first < last; first += GROUP) {
+        const int64_t count = last - first < GROUP ? last - first : GROUP;
         const uint64_t *ends = job->sums + first + 1, *begins = ends - n;
         IVDEP for (int64_t j = 0; j < count; j++) keys[j] = ends[j] - begins[j] * power;
         for (int64_t j = 0; j < GROUP; j++) near[j] = j < count && keys[j] <= cut;
         EACH(near, j) {
-            const int64_t end = first + j;
+            const int64_t end = first + j, at = row * choice->room + hits;
             while (choice->unit_ends[unit] <= end) unit++;
             Known *known = table.slots + (keys[j] & (table.count - 1));
             const uint32_t priority = choice->priorities[unit];
             if (passed_over(known, keys[j], priority) || !inside(job, end, n)) continue;
             remember(known, keys[j], priority);
-            job->hits[hits] = keys[j];
-            choice->ends[hits] = end;
-            choice->chosen_priorities[hits++] = priority;
+            job->hits[at] = keys[j];
+            choice->marks[at] = choice->place + end;
+            choice->chosen_priorities[at] = priority;
+            hits++;
         }
     }
-    return choice->counts[row] = hits - before, hits;
+    return hits;
 }
 
+/* Tile by tile, so that what all rows read is in the nearest cache. */
 CLONES static int64_t choose(const Choice *choice) {
-    int64_t hits = 0;
-    prefix(&choice->job);
-    for (int64_t row = 0; row < choice->job.rows; row++) hits = choose_row(choice, row, hits);
-    return hits;
+    const Job *job = &choice->job;
+    prefix(job);
+    memset(choice->counts, 0, job->rows * sizeof *choice->counts);
+    for (int64_t unit = 0, at = job->context; at < job->size; at += TILE) {
+        const int64_t last = at + TILE < job->size ? at + TILE : job->size;
+        while (choice->unit_ends[unit] <= at) unit++;
+        for (int64_t row = 0; row < job->rows; row++) {
+            const int64_t first = first_end(job, job->orders[row]);
+            choice->counts[row] = choose_row(choice, row, unit, first > at ? first : at, last, choice->counts[row]);
+        }
+    }
+    return job->rows;
 }
 
 CLONES static int64_t sums(const Job *job) { prefix(job); return job->size; }
