@@ -12,8 +12,8 @@ import numpy as np
 
 from halfulp.corpus.pairs import MOST_UNITS, Pairs, key_starts, merged
 
-_WAITING = 1 << 16  # occurrences that wait for the next sort, at least
-_LEAST_SLOTS, _MOST_SLOTS = 1 << 12, 1 << 16  # of `known`: what is seldom used should be small
+_WAITING = 1 << 15  # occurrences that wait for the next sort, at least
+_LEAST_SLOTS, _MOST_SLOTS = 1 << 12, 1 << 15  # of `known`: what is seldom used should be small
 KNOWN = np.dtype([("key", "<u8"), ("last", "<u4"), ("bound", "<u4")])
 _NO_BOUND = 2**32 - 1
 
