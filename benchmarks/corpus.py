@@ -117,7 +117,8 @@ def report_stats(title: str, facts: dict, megabytes: int, repeats: int) -> None:
         speed, memory = COPIES * size / seconds[COPIES], found[COPIES]["memory"]
         rows.append([
             kernel, f"{size / seconds[1]:.0f}", f"{speed:.0f}", f"{size / later:.0f}",
-            f"{seconds[1] - later:.1f}", f"{memory:.0f}", judged(size / later, GOALS[kernel], memory),
+            f"{seconds[1] - later:.1f}", f"{memory:.0f}",
+            judged(size / later, GOALS[kernel], memory),
         ])  # fmt: skip
     head = (
         "kernel", f"MB/s, {size:.0f} MB", f"MB/s, {COPIES * size:.0f} MB", "MB/s, after the first",
