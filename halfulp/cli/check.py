@@ -17,6 +17,7 @@ from halfulp.cli.common import (
     quiet_transformers,
     words,
 )
+from halfulp.cli.model_options import Hints, Texts, TokenizerName
 from halfulp.errors import CheckError, ConfigError, HalfulpError
 
 if TYPE_CHECKING:
@@ -32,12 +33,8 @@ def check(
             metavar="MODEL", help="Run directory, local Hugging Face directory, or preset."
         ),
     ],
-    data: Annotated[
-        list[str] | None, typer.Option(help='Text: "stdlib" or a path; may be repeated.')
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help='"bytes", "bpe:N" or a tokenizer.json; the model\'s own.')
-    ] = None,
+    data: Texts = None,
+    tokenizer: TokenizerName = None,
     tokens: Annotated[int, typer.Option(help="Tokens to price, and as many to hold out.")] = 512,
     formats: Annotated[
         str, typer.Option(help="Words of `halfulp formats`, or quantizers, with commas.")
@@ -60,10 +57,7 @@ def check(
         list[str] | None,
         typer.Option(help="'GLOB=never below bf16', 'GLOB=exactly e4m3' or 'GLOB=free'."),
     ] = None,
-    hint: Annotated[
-        list[str] | None,
-        typer.Option(help="'GLOB=BLOCK' for parameters that halfulp cannot place."),
-    ] = None,
+    hint: Hints = None,
     probes: Annotated[int, typer.Option(help="Backward passes; more are more certain.")] = 2,
     seed: Annotated[int, typer.Option(help="Of labels, signs and the choice of text.")] = 0,
     policy: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("policy.toml"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfulp.cli.common import Steps, pairs, quiet_transformers
+from halfulp.cli.model_options import Hints, RunOrModel, Texts, TokenizerName
 from halfulp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,18 +16,9 @@ if TYPE_CHECKING:
 
 
 def sparsity(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN_OR_MODEL", help="Run directory, local Hugging Face directory, or preset."
-        ),
-    ],
-    data: Annotated[
-        list[str] | None, typer.Option(help='Text: "stdlib" or a path; may be repeated.')
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help='"bytes", "bpe:N" or a tokenizer.json; the model\'s own.')
-    ] = None,
+    model: RunOrModel,
+    data: Texts = None,
+    tokenizer: TokenizerName = None,
     tokens: Annotated[
         int, typer.Option(help="Held-out tokens to measure on, and as many for the sharpness.")
     ] = 4096,
@@ -35,10 +27,7 @@ def sparsity(
         bool, typer.Option("--per-layer", help="Every block type of every layer.")
     ] = False,
     draws: Annotated[int, typer.Option(help="Sampled labels behind the sharpness.")] = 16,
-    hint: Annotated[
-        list[str] | None,
-        typer.Option(help="'GLOB=BLOCK' for parameters that halfulp cannot place."),
-    ] = None,
+    hint: Hints = None,
     seed: Annotated[int, typer.Option(help="Of labels and the choice of text.")] = 0,
     json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,

@@ -17,6 +17,7 @@ from halfulp.cli.common import (
     quiet_transformers,
     words,
 )
+from halfulp.cli.model_options import Hints, RunOrModel, Texts, TokenizerName
 from halfulp.cli.sharpness_formats import cells, forecast_of, prices_of, print_forecast
 from halfulp.errors import ConfigError
 
@@ -31,18 +32,9 @@ _WANTED = 0.05  # relative standard error that the column "draws for 5 %" is abo
 
 
 def sharpness(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN_OR_MODEL", help="Run directory, local Hugging Face directory, or preset."
-        ),
-    ],
-    data: Annotated[
-        list[str] | None, typer.Option(help='Text: "stdlib" or a path; may be repeated.')
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help='"bytes", "bpe:N" or a tokenizer.json; the model\'s own.')
-    ] = None,
+    model: RunOrModel,
+    data: Texts = None,
+    tokenizer: TokenizerName = None,
     estimator: Annotated[
         str,
         typer.Option(
@@ -71,10 +63,7 @@ def sharpness(
             help="With --formats: nats per token that one block type may cost. [default: 0.005]"
         ),
     ] = None,
-    hint: Annotated[
-        list[str] | None,
-        typer.Option(help="'GLOB=BLOCK' for parameters that halfulp cannot place."),
-    ] = None,
+    hint: Hints = None,
     seed: Annotated[int, typer.Option(help="Of labels, probes and the choice of text.")] = 0,
     html: Annotated[Path | None, typer.Option(help="Write the page there.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,

@@ -166,14 +166,14 @@ def _say_overruled(config: Path, own: Mapping[str, bool]) -> None:
 
 
 def _resumed(path: Path, given: list[str]) -> "Design":
-    from halfulp.sweep.store import read_sweep
+    from halfulp.sweep.store import read_design
 
     if given:
         raise ConfigError(
             f"--resume goes on with the sweep's own design, so {', '.join(given)} cannot be given. "
             "Delete them, or start a new sweep."
         )
-    return read_sweep(path).design
+    return read_design(path)
 
 
 def rates(text: str) -> list[float]:

@@ -69,13 +69,14 @@ def use_cuda(*tensors: Tensor) -> bool:
 
 def quantize(x: Tensor, y: Tensor, q: Quantizer, key: Key | None, scale: Tensor | None) -> None:
     """Write `x` as `q` has it, without its transform, to `y`; both fp32 and not empty."""
-    rule = {"delayed": "given", "static": "given"}.get(q.scale, q.scale)
-    plan = _plan(q.format, q.rounding, q.saturate or q.scale != "none", "p2" if q.power_of_two
-                 and rule == "current" else rule, q.margin, q.tile)  # fmt: skip
+    rule = "given" if q.scale in ("delayed", "static") else "p2" if q.power_of_two else q.scale
+    saturate = q.saturate or q.scale != "none"
+    plan = _plan(q.format, q.rounding, saturate, rule, q.margin, q.tile)
     if q.scale == "none":
         return _elements(x, y, plan, key, 0)
     if rule == "given":
-        return _elements(x, y, plan, key, 0, given=_static(q, x) if scale is None else scale)
+        given = _constant(q.static_scale, x.device) if scale is None else scale
+        return _elements(x, y, plan, key, 0, given=given)
     if q.granularity == "tensor":
         return _elements(x, y, plan, key, 0, amax=_amax(x))
     return _groups(x, y, q, plan, key)
@@ -144,10 +145,6 @@ def _amax(x: Tensor) -> Tensor:
     n = x.numel()
     _launch("amax", x, _waves(x, n), (_at(x), _u32(n), _at(found)))
     return found
-
-
-def _static(q: Quantizer, x: Tensor) -> Tensor:
-    return _constant(q.static_scale, x.device)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from halfulp.errors import (
 )
 from halfulp.sweep.design import Cell, Design
 from halfulp.sweep.result import Result
-from halfulp.sweep.store import is_sweep, read_sweep, write_policies
+from halfulp.sweep.store import is_sweep, read_design, write_policies
 
 STALLED = "stalled.txt"  # where a worker that hung says where it hung
 
@@ -67,7 +67,7 @@ def run_cell(task: Task) -> Trained:
 
 def _sees(task: Task) -> bool:
     """Whether the sweep's directory is the one here, and not just one of the same name."""
-    return is_sweep(task.path) and read_sweep(task.path).design.digest() == task.digest
+    return is_sweep(task.path) and read_design(task.path).digest() == task.digest
 
 
 def _files(path: Path) -> dict[str, bytes]:

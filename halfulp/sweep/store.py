@@ -135,16 +135,20 @@ def is_sweep(path: Path) -> bool:
         return False
 
 
+def read_design(path: Path) -> Design:
+    """The design of the sweep at `path`; RunError or ConfigError where there is no sweep."""
+    content = Run.open(path, writer=False).config()
+    if "sweep" not in content:
+        raise RunError(f"{path} is a run and no sweep. Give the directory of `halfulp sweep`.")
+    return Design.from_dict(content)
+
+
 def read_sweep(path: Path) -> Stored:
     """The sweep at `path`; of two results of a cell the later one counts.
 
     Damaged lines are named, not fatal. RunError or ConfigError where there is no sweep.
     """
-    run = Run.open(path, writer=False)
-    content = run.config()
-    if "sweep" not in content:
-        raise RunError(f"{path} is a run and no sweep. Give the directory of `halfulp sweep`.")
-    design = Design.from_dict(content)
+    run, design = Run(path, writer=False), read_design(path)
     known = {cell.id: cell for cell in design.cells()}
     found: dict[str, Result] = {}
     damaged: list[str] = []
