@@ -106,7 +106,10 @@ def weights_of(path: Path) -> Path | None:
     folder = path / "checkpoints"
     steps = checkpoint.steps_in(folder)
     if not steps:
-        raise ConfigError(f"{path} has no checkpoint yet. Let `halfulp train` write one first.")
+        raise ConfigError(
+            f"{path} has no checkpoint: it has not written one yet, or is a finished run of a sweep, "
+            "which keeps none. Train it with `halfulp train`."
+        )
     checkpoint.verify(folder, max(steps))
     return checkpoint.path_of(folder, max(steps))
 
