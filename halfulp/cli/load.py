@@ -107,7 +107,7 @@ def weights_of(path: Path) -> Path | None:
     steps = checkpoint.steps_in(folder)
     if not steps:
         raise ConfigError(
-            f"{path} has no checkpoint: it has not written one yet, or is a finished run of a sweep, "
+            f"{path} has no checkpoint: none is written yet, or it is a finished run of a sweep, "
             "which keeps none. Train it with `halfulp train`."
         )
     checkpoint.verify(folder, max(steps))
