@@ -169,14 +169,48 @@ def _hold(task: Task) -> None:
         ctypes.PyDLL(None).sleep(600)  # PyDLL keeps the lock of the interpreter
 
 
-def ray_node(what: str) -> str:
-    """The Ray node that this runs on, after a moment; a long one on a node that `what` names."""
-    import ray
-
+def ray_task(what: str) -> tuple[float, float]:
+    """When it ran, a short while; or what `what` says."""
     if what == "exit":
         os._exit(3)
     if what == "raise":
         raise RunError("a wrong disk")
-    node = ray.get_runtime_context().get_node_id()
-    time.sleep(60 if node in what else 0.5)
+    began = time.monotonic()
+    time.sleep(0.2)
+    return began, time.monotonic()
+
+
+def ray_meeting(folder: Path) -> str:
+    """The Ray node that this runs on, once it runs on two of them."""
+    node = _marked(folder)
+    _wait(lambda: len(list(folder.iterdir())) == 2)
     return node
+
+
+def ray_node_that_leaves(task: tuple[str, Path]) -> str:
+    """The Ray node that this runs on; (node, folder): it never ends on that node.
+
+    Elsewhere it ends once it runs there too.
+    """
+    leaving, folder = task
+    node = _marked(folder)
+    _wait(lambda: node != leaving and (folder / leaving).exists())
+    return node
+
+
+def _marked(folder: Path) -> str:
+    """The Ray node that this runs on, which has a file in the folder now."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    (folder / node).touch()
+    return node
+
+
+def _wait(done: Callable[[], bool]) -> None:
+    """RunError after five minutes: a loaded machine may take one to start a worker."""
+    end = time.monotonic() + 300
+    while not done():
+        if time.monotonic() > end:
+            raise RunError("waited for five minutes")
+        time.sleep(0.02)

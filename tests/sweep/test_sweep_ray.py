@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import sweeps
-from sweeps import design_of, facts_of, ray_node
+from sweeps import design_of, facts_of, ray_meeting, ray_node_that_leaves, ray_task
 
 from halfulp.errors import ConfigError, MissingExtraError, RunError
 from halfulp.sweep.run import run_design
@@ -20,21 +20,21 @@ def test_a_cluster_that_is_not_there_is_named_with_its_cure(monkeypatch):
     """Before there is one: "auto" would find it."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match=r"no Ray cluster answers at 'auto'.*ray start --head"):
-        list(run_tasks(ray_node, lambda: "a", ray="auto"))
+        list(run_tasks(ray_task, lambda: "a", ray="auto"))
     assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense", "a:b"])
 def test_an_address_without_a_cluster_is_named_at_once(address):
     with pytest.raises(ConfigError, match=f"no Ray cluster answers at '{address}'"):
-        list(run_tasks(ray_node, lambda: "a", ray=address))
+        list(run_tasks(ray_task, lambda: "a", ray=address))
     assert not ray.is_initialized()
 
 
 def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"halfulp\[ray\]"):
-        list(run_tasks(ray_node, lambda: "a", ray="auto"))
+        list(run_tasks(ray_task, lambda: "a", ray="auto"))
 
 
 @pytest.fixture(scope="module")
@@ -57,25 +57,30 @@ def cluster():
         made.shutdown()
 
 
-def outcomes(cluster, tasks, **options):
+def outcomes(cluster, tasks, function=ray_task, **options):
     left = list(tasks)
     return list(
-        run_tasks(ray_node, lambda: left.pop(0) if left else None, ray=cluster.address, **options)
+        run_tasks(function, lambda: left.pop(0) if left else None, ray=cluster.address, **options)
     )
 
 
-def test_tasks_run_on_both_workers_and_one_that_dies_is_an_outcome(cluster):
+def test_one_that_dies_is_an_outcome(cluster):
     found = outcomes(cluster, ["a", "b", "exit", "c", "raise", "d"])
     by_task = {o.task: o for o in found}
     assert len(by_task) == len(found) == 6
     assert by_task["exit"].died == "ended (WorkerCrashedError)"
     assert isinstance(by_task["raise"].error, RunError)
     assert str(by_task["raise"].error) == "a wrong disk"
-    assert len({by_task[task].value for task in "abcd"}) == 2
+    assert all(by_task[task].value for task in "abcd")
+
+
+def test_tasks_run_on_both_workers(cluster, tmp_path):
+    assert len({o.value for o in outcomes(cluster, [tmp_path] * 2, ray_meeting)}) == 2
 
 
 def test_as_many_tasks_as_jobs_run_at_a_time(cluster):
-    assert len({o.value for o in outcomes(cluster, ["a", "b"], jobs=1)}) == 1
+    (_, ended), (began, _) = sorted(o.value for o in outcomes(cluster, ["a", "b"], jobs=1))
+    assert ended <= began
 
 
 def test_tasks_that_no_node_has_room_for_are_named(cluster):
@@ -112,17 +117,19 @@ def test_workers_that_do_not_see_the_directory_send_their_files(
         assert here == there
 
 
-def test_tasks_of_a_node_that_leaves_are_outcomes_and_the_rest_goes_on(cluster):
-    """The last test: the cluster has one worker from then on."""
-    leaving = cluster.second.node_id
-    tasks = iter([f"{leaving} {i}" for i in range(4)])
+def test_tasks_of_a_node_that_leaves_are_outcomes_and_the_rest_goes_on(cluster, tmp_path):
+    """The last test: the cluster has one worker from then on. That node leaves amid a task."""
+    leaving, left = cluster.second.node_id, 4
+    tasks = iter([(leaving, tmp_path)] * left)
     found = []
-    with closing(run_tasks(ray_node, lambda: next(tasks, None), ray=cluster.address)) as outcomes:
+    with closing(
+        run_tasks(ray_node_that_leaves, lambda: next(tasks, None), ray=cluster.address)
+    ) as outcomes:
         for outcome in outcomes:
             if not found:
                 cluster.remove_node(cluster.second)
             found.append(outcome)
-    assert len(found) == len({o.task for o in found}) == 4
+    assert len(found) == left
     (died,) = [o for o in found if o.value is None]
     assert died.died.startswith("ended (")
     assert leaving not in {o.value for o in found}
