@@ -182,12 +182,29 @@ def test_binary_files_are_skipped_and_named(capsys, folder, content):
     assert "--bytes" in err
 
 
+@pytest.mark.parametrize("command", ["stats", "sketch"])
+def test_many_skipped_files_are_one_note(capsys, folder, command):
+    for i in range(20):
+        (folder / f"{i:02}.exe").write_bytes(b"abc\0def" * 40)
+    out_file = ["-o", folder.parent / "a.hll"] if command == "sketch" else []
+    _, out, err = run(capsys, command, folder, "-j", "1", *out_file)
+    (line,) = [line for line in (out + err).splitlines() if "skipped 20 files (" in line]
+    assert (out + err).count("NUL byte") == 1
+    assert sum(f"{i:02}.exe" in line for i in range(20)) == 3
+
+
+def test_overlap_of_folders_says_how_to_sketch_them(capsys, folder):
+    code, _, err = run(capsys, "overlap", folder, folder)
+    assert code == 2
+    assert f"halfulp corpus sketch {folder} -o" in err.replace("\n", " ")
+
+
 def test_a_few_invalid_bytes_are_counted_as_letters(capsys, tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone two\r\n" * 1 + b"three four\r\n" * 400 + b"caf\xe9 x")
     code, out, _ = run(capsys, "stats", path, "--words", "1", "-j", "1")
     assert code == 0
-    assert "1 bytes that are not UTF-8" in out
+    assert "bytes that are not UTF-8, counted as letters: 1, in " in out
     row = next(line for line in out.splitlines() if line.startswith("words:1")).split()
     assert row[1:3] == ["804", "6"]  # no byte order mark and no carriage return among them
 

@@ -47,6 +47,7 @@ def sketch(
     """
     from halfulp.corpus.config import fitted
     from halfulp.corpus.files import corpus_files
+    from halfulp.corpus.read import skips
     from halfulp.corpus.sketch_file import save
     from halfulp.corpus.sketching import sketch_corpus
 
@@ -64,8 +65,8 @@ def sketch(
         found = sketch_corpus(files, config, lg_k=lg_k, jobs=jobs, ray=ray, tell=bar.tell)
     for name, path in written.items():
         save(found.sketches[name], path)
-    for path, why in found.notes.skipped.items():
-        typer.echo(f"skipped {path}: {why}", err=True)
+    for note in skips(found.notes.skipped):
+        typer.echo(note, err=True)
     _print_sketches([(path, found.sketches[name]) for name, path in written.items()])
 
 

@@ -1,6 +1,6 @@
 """Files to groups of pieces of documents, in bounded memory."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ FILE_BITS = 40  # of a unit's number: the rest is its file
 _GROUP = {"text": 1 << 18, "tokens": 1 << 16}  # characters, tokens
 _MOST_PIECES = 4096
 _PIECE = 1 << 16  # characters
+_NAMED = 3  # files of one note
 
 
 class Group(NamedTuple):
@@ -43,6 +44,21 @@ class Notes:
         self.skipped.update(other.skipped)
         self.invalid.update(other.invalid)
         self.unmarked += other.unmarked
+
+
+def skips(skipped: Mapping[str, str]) -> list[str]:
+    """A sentence for each reason why files were skipped."""
+    paths: dict[str, list[str]] = {}
+    for path, why in skipped.items():
+        paths.setdefault(why, []).append(path)
+    return [f"skipped {named(which)}: {why}" for why, which in paths.items()]
+
+
+def named(paths: Sequence[str]) -> str:
+    """All paths where they are few, else how many there are and the first."""
+    if len(paths) <= _NAMED:
+        return ", ".join(paths)
+    return f"{len(paths):,} files ({', '.join(paths[:_NAMED])}, …)"
 
 
 def groups(

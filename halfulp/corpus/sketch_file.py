@@ -77,6 +77,10 @@ def load(path: Path) -> Sketch:
     Raises DataError when one of its three files is missing or damaged.
     """
     hll, theta, sidecar = paths_of(path)
+    if path.is_dir():
+        raise DataError(
+            f"{path} is a folder. Make its sketch first: halfulp corpus sketch {path} -o NAME.hll"
+        )
     try:
         images = hll.read_bytes(), theta.read_bytes()
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 from halfulp.corpus.config import CountConfig
 from halfulp.corpus.growth import Growth, growth
+from halfulp.corpus.read import named, skips
 from halfulp.corpus.scan import Counted, stream_of
 from halfulp.corpus.symbols import tokenizer_of
 from halfulp.data.cache import write_json
@@ -54,16 +55,17 @@ class Stats:
 
     def notes(self) -> list[str]:
         """Sentences that a reader of the figures must know."""
-        found = [f"skipped {path}: {why}" for path, why in self.skipped.items()]
-        found += [
-            f"{path} holds {count:,} bytes that are not UTF-8; they are counted as letters"
-            for path, count in self.invalid.items()
-        ]
-        found += [
-            f"{path} does not mark its documents and is counted as one; name their end with "
-            "--end-token"
-            for path in self.unmarked
-        ]
+        found = skips(self.skipped)
+        if self.invalid:
+            found.append(
+                f"bytes that are not UTF-8, counted as letters: {sum(self.invalid.values()):,}, in "
+                f"{named(list(self.invalid))}"
+            )
+        if self.unmarked:
+            found.append(
+                f"documents are not marked, so that each file is counted as one, in "
+                f"{named(self.unmarked)}; name their end with --end-token"
+            )
         if self.split and self.documents:
             found.append("few files: exponents and forecasts are of pieces of 64 KB, not documents")
         if not self.documents:
