@@ -26,7 +26,8 @@ from common import (
 )
 from training import COUNT_EVERY, run_in
 
-from halfulp.guard.rules import Finding, Numeric, Reading
+from halfulp.guard.numeric import Finding, Numeric
+from halfulp.guard.readings import Reading
 from halfulp.train.guard import SHADOW
 from halfulp.train.model import next_token_loss
 from halfulp.train.session import Session

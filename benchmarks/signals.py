@@ -28,8 +28,10 @@ import torch
 import halfulp
 from halfulp.blocks import BlockMap, block_map
 from halfulp.guard.flip_back import FlipBack
+from halfulp.guard.numeric import Numeric
 from halfulp.guard.probes import probes
-from halfulp.guard.rules import RULE, Numeric, Reading, Rule, readings_of, worst
+from halfulp.guard.readings import Reading, readings_of, worst
+from halfulp.guard.rules import Rule, rules
 from halfulp.optim import AdamW, param_groups
 from halfulp.policy import Policy
 from halfulp.quantization import Quantized
@@ -66,10 +68,10 @@ def main() -> None:
             for model in MODELS:
                 _stuck(model, args.steps, args.every, args.lr, seed)
         return
-    rules = [rule for rule in RULE.values() if rule.look != "replay"]
-    print("| recipe | loss | " + " | ".join(rule.name for rule in rules) + " |")
-    print("|---" * (len(rules) + 2) + "|")
-    limits = ["/".join(f"{t:.3g}" for t in (r.warn, r.act) if t is not None) for r in rules]
+    looked = [rule for rule in rules().values() if rule.look != "replay"]
+    print("| recipe | loss | " + " | ".join(rule.name for rule in looked) + " |")
+    print("|---" * (len(looked) + 2) + "|")
+    limits = ["/".join(f"{t:.3g}" for t in (r.warn, r.act) if t is not None) for r in looked]
     print("| *threshold* | | " + " | ".join(limits) + " |")
     for recipe in args.recipes:
         runs = [
@@ -77,8 +79,8 @@ def main() -> None:
             for model in MODELS
             for seed in range(args.seeds)
         ]
-        peaks = [max(peak(rule, series) for _, series in runs) for rule in rules]
-        cells = [_cell(rule, value) for rule, value in zip(rules, peaks, strict=True)]
+        peaks = [max(peak(rule, series) for _, series in runs) for rule in looked]
+        cells = [_cell(rule, value) for rule, value in zip(looked, peaks, strict=True)]
         loss = sum(loss for loss, _ in runs) / len(runs)
         print(f"| {recipe} | {loss:.3f} | " + " | ".join(cells) + " |", flush=True)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from halfulp.blocks import is_gemm_module
-from halfulp.guard.rules import Reading, worst
+from halfulp.guard.readings import Reading, worst
 from halfulp.numerics.apply import static_scale
 from halfulp.numerics.hadamard import hadamard
 from halfulp.numerics.quantizer import Quantizer

@@ -31,8 +31,8 @@ from halfulp.guard.budget import Budget, Exceeded, Spent
 from halfulp.guard.detect import Detector, Trigger
 from halfulp.guard.host import Host, Pass
 from halfulp.guard.ladder import FALLBACK, Ladder
+from halfulp.guard.numeric import STORAGE, Finding, Numeric
 from halfulp.guard.ring import Ring, Snapshot
-from halfulp.guard.rules import STORAGE, Finding, Numeric
 
 ROLLBACK = 100  # steps before the onset to which a run goes back
 MEMORY = 1000  # steps in which trouble at the same place is answered one rung higher

@@ -29,9 +29,10 @@ from halfulp.guard.loop_setup import (
     stopped,
     unlike,
 )
+from halfulp.guard.numeric import YOUNG, Numeric
 from halfulp.guard.own_loop import LoopHost, LossOf, local, unwrapped
+from halfulp.guard.readings import readings_of
 from halfulp.guard.ring import EVERY, KEPT, Ring, Snapshot, check_memory
-from halfulp.guard.rules import YOUNG, Numeric, readings_of
 from halfulp.optim import AdamW
 from halfulp.policy import Policy
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from halfulp.blocks import BlockMap, Gemm, block_type
-from halfulp.guard.rules import Reading
+from halfulp.guard.readings import Reading
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.quantizer import Quantizer
 from halfulp.numerics.statistics import quantizer_statistics

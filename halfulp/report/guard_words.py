@@ -8,7 +8,7 @@ from typing import Any
 
 from halfulp.guard.host import ALL
 from halfulp.guard.keeper import BACK, LOWER, RAISE, RETRY, SKIP, STOP
-from halfulp.guard.rules import RULE
+from halfulp.guard.rules import rules
 from halfulp.report import words
 from halfulp.report.incidents import Cost, Explained, Story
 from halfulp.report.signs import Sign
@@ -184,7 +184,7 @@ def _first(group: Sequence[Sequence[Sign]]) -> First:
 
 def value(signal: str, x: float) -> str:
     """The value of a signal with its unit."""
-    unit = RULE[signal].unit if signal in RULE else "ratio" if signal == "sharpness" else "z"
+    unit = rules()[signal].unit if signal in rules() else "ratio" if signal == "sharpness" else "z"
     if unit == "share":
         return words.share(x)
     text = number(x)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from halfulp.guard.detect import QUIET, SPIKE, WINDOW, Detector
 from halfulp.guard.keeper import MEMORY, NEAR
-from halfulp.guard.rules import RULE, readings_of
+from halfulp.guard.readings import readings_of
+from halfulp.guard.rules import rules
 from halfulp.train.counters import shares
 
 GROWN = 20.0  # sharpness over the median of its last measurements, each of which scatters
@@ -114,7 +115,7 @@ def _reach(signal: str, looks: Sequence[Look]) -> float:
 
 def _needed(signal: str) -> int:
     """Abnormal looks that make a sign."""
-    rule = RULE.get(signal)
+    rule = rules().get(signal)
     if rule is None:
         return _TWICE
     return rule.needs if rule.look in ("check", "measurement") else 1
@@ -134,7 +135,7 @@ def _looks(events: Sequence[Event], incident: int, vocab: int) -> Iterator[tuple
                     event["step"], event["value"], event["threshold"], event["place"], warned=True
                 ),
             )
-    noise = RULE["gradient_noise"].warn or math.inf
+    noise = rules()["gradient_noise"].warn or math.inf
     for event in latest["gradient_error"]:
         for unit, error in event["units"].items():
             yield ("gradient_noise", unit), Look(int(event["step"]), error, noise)
@@ -174,7 +175,7 @@ def _of_counters(event: Event) -> Iterator[tuple[Key, Look]]:
     gemms, optimizer = event.get("gemms") or (), event.get("optimizer") or ()
     worst: dict[Key, Look] = {}
     for reading in readings_of(map(shares, gemms), map(shares, optimizer)):
-        rule, key = RULE[reading.rule], (reading.rule, reading.block)
+        rule, key = rules()[reading.rule], (reading.rule, reading.block)
         threshold = min(t for t in (rule.warn, rule.act) if t is not None)
         look = Look(int(event["step"]), reading.value, threshold, reading.place)
         worst[key] = max(worst.get(key, look), look, key=lambda found: _rank(found.value))
@@ -202,7 +203,7 @@ def _of_logits(events: Sequence[Event], vocab: int) -> Iterator[tuple[Key, Look]
         step, logits = int(event["step"]), event.get("logits") or {}
         if vocab and "logz" in logits:
             drift = abs(logits["logz"]) - math.log(vocab)
-            yield ("logz", "head"), Look(step, drift, RULE["logz"].warn or 0.0)
+            yield ("logz", "head"), Look(step, drift, rules()["logz"].warn or 0.0)
         sharpness = float(logits.get("sharpness_centered", 0.0))
         if not sharpness > 0:
             continue
@@ -210,7 +211,8 @@ def _of_logits(events: Sequence[Event], vocab: int) -> Iterator[tuple[Key, Look]
             middle = statistics.median(history)
             spread = 1.4826 * statistics.median(abs(value - middle) for value in history)
             z = (math.log(sharpness) - middle) / max(spread, _LEAST_SPREAD)
-            yield ("logits_sharpness", "head"), Look(step, z, RULE["logits_sharpness"].warn or 0.0)
+            limit = rules()["logits_sharpness"].warn or 0.0
+            yield ("logits_sharpness", "head"), Look(step, z, limit)
         history = [*history, math.log(sharpness)][-_REMEMBERED:]
 
 

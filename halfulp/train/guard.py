@@ -15,8 +15,9 @@ from halfulp.guard.detect import Trigger
 from halfulp.guard.host import ALL, Pass
 from halfulp.guard.keeper import Incident, Keeper
 from halfulp.guard.ladder import Ladder
+from halfulp.guard.numeric import YOUNG, Numeric
+from halfulp.guard.readings import Reading, readings_of
 from halfulp.guard.ring import Ring, Snapshot, check_memory
-from halfulp.guard.rules import YOUNG, Numeric, Reading, readings_of
 from halfulp.train.counters import shares
 from halfulp.train.guard_host import SessionHost
 from halfulp.train.looks import Looks

@@ -9,7 +9,7 @@ from torch import Tensor
 from halfulp.blocks import BlockMap
 from halfulp.guard.flip_back import FlipBack
 from halfulp.guard.probes import probes
-from halfulp.guard.rules import Reading, worst
+from halfulp.guard.readings import Reading, worst
 from halfulp.train.session import Session
 
 _CONSECUTIVE = 3  # steps that flip_back compares; the last one counts

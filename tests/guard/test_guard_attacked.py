@@ -11,7 +11,7 @@ from torch import nn
 import halfulp
 from halfulp.errors import ConfigError
 from halfulp.guard.detect import Detector
-from halfulp.guard.rules import YOUNG
+from halfulp.guard.numeric import YOUNG
 
 
 def test_a_matrix_that_begins_at_zero_does_not_jump_when_it_begins_to_learn():

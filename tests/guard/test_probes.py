@@ -8,8 +8,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import halfulp
 from halfulp.blocks import block_map
 from halfulp.guard.flip_back import SAMPLE, FlipBack, codes_of
+from halfulp.guard.numeric import Numeric
 from halfulp.guard.probes import down_projections, probes
-from halfulp.guard.rules import Numeric
 from halfulp.numerics.apply import apply_quantizer, scales
 from halfulp.numerics.hadamard import hadamard
 from halfulp.numerics.quantizer import parse_quantizer

@@ -8,7 +8,9 @@ from torch import nn
 
 import halfulp
 from halfulp.errors import RunError
-from halfulp.guard.rules import RULE, RULES, Numeric, Reading, readings_of, table, worst
+from halfulp.guard.numeric import Numeric
+from halfulp.guard.readings import Reading, readings_of, worst
+from halfulp.guard.rules import rules, table
 from halfulp.site import histories
 
 
@@ -25,7 +27,7 @@ def levels(rule, values, numeric=None):
 
 
 def test_a_rule_fires_above_its_threshold_and_not_at_it():
-    for rule in RULES:
+    for rule in rules().values():
         limits = [t for t in (rule.warn, rule.act) if t is not None]
         assert limits, rule.name
         at, above = [limits[-1]] * rule.window, [limits[-1] + 1] * rule.window
@@ -36,7 +38,7 @@ def test_a_rule_fires_above_its_threshold_and_not_at_it():
 
 
 def test_only_what_more_precision_cures_asks_for_it():
-    assert {r.failure for r in RULES if not r.raises} == {"F5", "F7", "F8", "F14"}
+    assert {r.failure for r in rules().values() if not r.raises} == {"F5", "F7", "F8", "F14"}
     assert levels("attention_logits", [2e4]) == ["warn"]
     assert Numeric().observe(1, [reading("attention_logits", 2e4)])[0].threshold == 1e4
 
@@ -243,4 +245,4 @@ def test_a_scale_that_is_stuck_is_found_after_five_steps_and_growth_is_not(delay
 def test_the_document_shows_the_rules():
     text = (Path(__file__).parents[2] / "docs" / "signals.md").read_text(encoding="utf-8")
     assert table() in text, "print(halfulp.guard.rules.table()) is the table of docs/signals.md"
-    assert all(f"`{name}`" in text for name in RULE)
+    assert all(f"`{name}`" in text for name in rules())
