@@ -27,7 +27,7 @@ from halfulp.errors import NonFiniteError, StoppedError
 from halfulp.guard.attribute import UNKNOWN, Verdict
 from halfulp.guard.detect import Trigger
 from halfulp.guard.host import Pass
-from halfulp.guard.keeper import SKIP, Incident
+from halfulp.guard.incident import SKIP, Incident
 from halfulp.run import Run
 from halfulp.train.checkpoint import path_of
 from halfulp.train.config import TrainConfig

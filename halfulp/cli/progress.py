@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfulp.cli.show import is_live, number, worst_counter
-from halfulp.guard.keeper import STOP
+from halfulp.guard.incident import STOP
 from halfulp.report.guard_words import done, judged, seen, warning
 
 _SECONDS_BETWEEN_LINES = 10.0

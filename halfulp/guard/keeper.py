@@ -28,8 +28,10 @@ from halfulp.guard.attribute import (
     attribute,
 )
 from halfulp.guard.budget import Budget, Exceeded, Spent
+from halfulp.guard.descent import due, try_lower
 from halfulp.guard.detect import Detector, Trigger
 from halfulp.guard.host import Host, Pass
+from halfulp.guard.incident import BACK, LOWER, RAISE, RETRY, SKIP, STOP, Incident
 from halfulp.guard.ladder import FALLBACK, Ladder
 from halfulp.guard.numeric import STORAGE, Finding, Numeric
 from halfulp.guard.ring import Ring, Snapshot
@@ -39,49 +41,6 @@ MEMORY = 1000  # steps in which trouble at the same place is answered one rung h
 NEAR = 60  # onsets that are no farther apart are the same place
 SKIP_BEFORE, SKIP_AFTER = 5, 20  # batches around the trouble that are skipped with it
 SLOWER, REWARM = 0.7, 100  # factor on a learning rate, and steps to come back to it from 0
-PROBATION = 200  # steps after a descent
-TRUSTED_ERROR, TRUSTED_COSINE, SHADOWS = 0.5, 0.9, 3
-
-RETRY, SKIP, BACK, RAISE, LOWER, STOP = "retry", "skip", "roll back", "raise", "lower", "stop"
-
-
-@dataclass(frozen=True)
-class Incident:
-    """One trigger, the verdict on it, what was done, and what it cost (in steps' worth).
-
-    `action` is retry, skip, roll back, raise, lower or stop; `done` says it in words.
-    """
-
-    trigger: Trigger
-    verdict: Verdict
-    level: int
-    action: str
-    step: int  # finished steps of the run after the action
-    done: tuple[str, ...] = ()
-    raised: Mapping[str, str] = field(default_factory=dict)  # unit → recipe
-    cost: Mapping[str, float] = field(default_factory=dict)
-    exceeded: Exceeded | None = None  # the budget that made it stop
-
-    def fields(self) -> dict[str, Any]:
-        """The incident as fields of an event."""
-        verdict = self.verdict
-        return {
-            "step": self.trigger.step,
-            "trigger": self.trigger.kind,
-            "onset": self.trigger.onset,
-            "signals": dict(self.trigger.evidence),
-            "verdict": verdict.kind,
-            "units": list(verdict.units),
-            "evidence": dict(verdict.evidence),
-            "rows": [dict(row) for row in verdict.rows],
-            "margin": verdict.margin,
-            "level": self.level,
-            "action": self.action,
-            "to": self.step,
-            "done": list(self.done),
-            "raised": dict(self.raised),
-            "cost": dict(self.cost),
-        }
 
 
 @dataclass
@@ -195,13 +154,15 @@ class Keeper:
 
     def descend(self, step: int) -> Incident | None:
         """Bring one unit whose lock has run out down a rung, if a shadow run says that it holds."""
-        quiet = step - self.last_loud
-        for unit, stand in self.ladder.stands.items():
-            due = stand.climbs and not stand.permanent and step >= stand.lock_until
-            if not due or quiet < stand.lock or self.ladder.fallback:
-                continue
-            return self._book(self._try_lower(unit, step))
-        return None
+        unit = due(self.ladder, step, self.last_loud)
+        if unit is None:
+            return None
+        found = try_lower(self.host, self.ladder, unit, step)
+        self.spent.passes += found.verdict.passes
+        trigger, raised = Trigger("lock", step, step, 0), found.lowered
+        return self._book(
+            self._incident(trigger, found.verdict, 0, LOWER, found.words, raised=raised)
+        )
 
     def factors(self, step: int) -> dict[str, float]:
         """Factor on the learning rate of each slowed unit for the step after `step`."""
@@ -355,42 +316,6 @@ class Keeper:
     def _stop(self, trigger: Trigger, verdict: Verdict, why: str | Exceeded) -> Incident:
         incident = self._incident(trigger, verdict, 5, STOP, str(why))
         return replace(incident, exceeded=why if isinstance(why, Exceeded) else None)
-
-    def _try_lower(self, unit: str, step: int) -> Incident:
-        """One rung down if gradients of the lower rung agree with those of the present one."""
-        trigger = Trigger("lock", step, step, 0)
-        stand, before = self.ladder.stands[unit], self.ladder.recipe_of(unit)
-        last = self.ladder.descend(unit)
-        lower = self.ladder.policy()
-        stand.climbs = [*stand.climbs, last]
-        higher = self.ladder.policy()
-        rows = [self._shadow(unit, lower, higher, i) for i in range(SHADOWS)]
-        cost = 2.0 * SHADOWS
-        self.spent.passes += cost
-        trusted = all(
-            r["gradient_error"] < TRUSTED_ERROR and r["cosine"] > TRUSTED_COSINE for r in rows
-        )
-        verdict = Verdict(PRECISION, (unit,), rows=tuple(rows), passes=cost)
-        if trusted:
-            self.ladder.descend(unit)
-            stand.probation_until = step + PROBATION
-            self.host.apply(lower)
-            now = self.ladder.recipe_of(unit)
-            words = f"{unit} brought down from {before} to {now}, {PROBATION} steps on probation"
-            return self._incident(trigger, verdict, 0, LOWER, words, raised={unit: now})
-        stand.lock_until = step + stand.lock
-        words = f"{unit} stays on {before}: its gradient at the lower rung is not good enough"
-        return self._incident(trigger, verdict, 0, LOWER, words)
-
-    def _shadow(self, unit: str, lower: Any, higher: Any, turn: int) -> dict[str, Any]:
-        """A batch ahead in both precisions: how far the unit's gradients are apart."""
-        self.host.apply(lower)
-        self.host.replay(fresh=turn + 1, keep=True)
-        self.host.apply(higher)
-        found = self.host.replay(fresh=turn + 1, compare=True)
-        norm = found.units.get(unit, 0.0)
-        error = found.differences[unit] / norm if norm else 0.0
-        return {"unit": unit, "gradient_error": error, "cosine": found.cosines[unit]}
 
     def _can_raise(self, units: Sequence[str]) -> bool:
         return any(self.ladder.next(unit) for unit in units)

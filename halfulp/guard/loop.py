@@ -18,7 +18,8 @@ from halfulp.guard.budget import HORIZON, Budget
 from halfulp.guard.calls import Call
 from halfulp.guard.detect import ACTIVE, Trigger
 from halfulp.guard.host import Pass
-from halfulp.guard.keeper import BACK, RETRY, STOP, Incident, Keeper
+from halfulp.guard.incident import BACK, RETRY, STOP, Incident
+from halfulp.guard.keeper import Keeper
 from halfulp.guard.loop_setup import (
     check_arguments,
     check_loss,

@@ -13,7 +13,7 @@ from halfulp.blocks import block_map
 from halfulp.errors import ConfigError, PolicyError
 from halfulp.guard.budget import Budget
 from halfulp.guard.host import Pass
-from halfulp.guard.keeper import Incident
+from halfulp.guard.incident import Incident
 from halfulp.guard.ladder import Ladder
 from halfulp.guard.own_loop import is_loader
 from halfulp.policy import Policy, Resolution

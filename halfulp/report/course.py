@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halfulp.guard.keeper import BACK
+from halfulp.guard.incident import BACK
 
 Event = Mapping[str, Any]
 

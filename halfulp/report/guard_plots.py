@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from halfulp.guard.keeper import BACK, LOWER, RAISE, RETRY, SKIP, STOP
+from halfulp.guard.incident import BACK, LOWER, RAISE, RETRY, SKIP, STOP
 from halfulp.report import guard_words as say
 from halfulp.report.counters import block_order
 from halfulp.report.curves import short

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfulp.guard.host import ALL
-from halfulp.guard.keeper import BACK, LOWER, RAISE, RETRY, SKIP, STOP
+from halfulp.guard.incident import BACK, LOWER, RAISE, RETRY, SKIP, STOP
 from halfulp.guard.rules import rules
 from halfulp.report import words
 from halfulp.report.incidents import Cost, Explained, Story

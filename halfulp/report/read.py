@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from halfulp.errors import RunError
-from halfulp.guard.keeper import STOP
+from halfulp.guard.incident import STOP
 from halfulp.report.course import Course, Event, course_of
 from halfulp.report.incidents import (
     Cost,

@@ -13,7 +13,8 @@ from halfulp.blocks import block_map
 from halfulp.guard.budget import Budget
 from halfulp.guard.detect import Trigger
 from halfulp.guard.host import ALL, Pass
-from halfulp.guard.keeper import Incident, Keeper
+from halfulp.guard.incident import Incident
+from halfulp.guard.keeper import Keeper
 from halfulp.guard.ladder import Ladder
 from halfulp.guard.numeric import YOUNG, Numeric
 from halfulp.guard.readings import Reading, readings_of

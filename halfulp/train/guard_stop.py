@@ -3,7 +3,7 @@
 import shlex
 
 from halfulp.guard.attribute import HARDWARE
-from halfulp.guard.keeper import Incident
+from halfulp.guard.incident import Incident
 from halfulp.guard.ladder import FALLBACK
 from halfulp.train.checkpoint import path_of, steps_in
 from halfulp.train.session import Session

@@ -11,7 +11,7 @@ from typing import Any
 
 from halfulp.errors import NonFiniteError, RunError, StoppedError
 from halfulp.guard.faults import Fault
-from halfulp.guard.keeper import BACK, STOP
+from halfulp.guard.incident import BACK, STOP
 from halfulp.interrupt import Interrupt
 from halfulp.run import Run
 from halfulp.train import checkpoint

@@ -14,7 +14,8 @@ from halfulp.blocks import BlockMap, block_map
 from halfulp.guard.attribute import DATA, HARDWARE, PRECISION, STATE
 from halfulp.guard.budget import Budget
 from halfulp.guard.host import ALL, Pass
-from halfulp.guard.keeper import BACK, LOWER, RAISE, RETRY, SKIP, STOP, Incident, Keeper
+from halfulp.guard.incident import BACK, LOWER, RAISE, RETRY, SKIP, STOP, Incident
+from halfulp.guard.keeper import Keeper
 from halfulp.guard.ladder import LOCK, Ladder
 from halfulp.policy import Policy
 

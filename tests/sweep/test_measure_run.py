@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from halfulp.guard.keeper import BACK
+from halfulp.guard.incident import BACK
 from halfulp.run import Run
 from halfulp.sweep.measure import entropy_nats, measure, tail_and_best, unigram_nats
 from halfulp.sweep.result import Result
