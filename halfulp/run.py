@@ -8,33 +8,18 @@ checkpoints/         step-00001000/ …, complete once it holds state.json
 """
 
 import hashlib
-import json
-import math
 import os
-import shutil
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from halfulp import lock, toml
+from halfulp.environment import environment
 from halfulp.errors import RunError
-
-OWN_FILES = {
-    "config.toml",
-    "environment.json",
-    "events.jsonl",
-    "events.torn",
-    "events.dropped.jsonl",
-    "summary.json",
-    "policy.toml",
-    "report.html",
-    "checkpoints",
-    "tensorboard",
-    "writer.lock",
-}
-_SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+from halfulp.run_files import OWN_FILES, count_lines, cut_torn_line, make_room
+from halfulp.strict_json import dumps, parse, read_json, write_json, write_whole
 
 
 class Tracker(Protocol):
@@ -80,14 +65,14 @@ class Run:
         run = cls(Path(path), writer=writer)
         if not writer:
             return run
-        _make_room(run.path, force=force, own=own)
+        make_room(run.path, force=force, own=own)
         text = toml.dumps(config)
         # config.toml comes first: a directory with it can be recognized as a run.
-        _write_whole(run.path / "config.toml", text)
+        write_whole(run.path / "config.toml", text)
         run._begin_writing()
         digest = hashlib.sha256(text.encode()).hexdigest()
         facts = environment() | {"command": list(command), "config_sha256": digest}
-        _write_json(run.path / "environment.json", facts)
+        write_json(run.path / "environment.json", facts)
         return run
 
     @classmethod
@@ -104,7 +89,7 @@ class Run:
         if not self.writer:
             return
         line = {"event": event, "time": round(time.time(), 3), **fields}
-        self._append(_dumps(line) + "\n")
+        self._append(dumps(line) + "\n")
         for tracker in self.trackers:
             tracker.write(line)
 
@@ -121,7 +106,7 @@ class Run:
             return
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
-                event = _parse(line)
+                event = parse(line)
                 if event is not None:
                     if kind is None or event.get("event") == kind:
                         yield event
@@ -155,9 +140,9 @@ class Run:
         keep, drop = events[:cut], events[cut:]
         if drop:
             with open(self.path / "events.dropped.jsonl", "a", encoding="utf-8") as dropped:
-                dropped.writelines(_dumps(event) + "\n" for event in drop)
+                dropped.writelines(dumps(event) + "\n" for event in drop)
             self._stop_writing()
-            _write_whole(self.path / "events.jsonl", "".join(_dumps(e) + "\n" for e in keep))
+            write_whole(self.path / "events.jsonl", "".join(dumps(e) + "\n" for e in keep))
             self._begin_writing()
         return len(drop)
 
@@ -165,15 +150,15 @@ class Run:
         """Merge `fields` into summary.json, atomically."""
         if self.writer:
             self._begin_writing()
-            _write_json(self.path / "summary.json", self.summary() | fields)
+            write_json(self.path / "summary.json", self.summary() | fields)
 
     def summary(self) -> dict[str, Any]:
         """summary.json, or {} while there is none."""
-        return _read_json(self.path / "summary.json")
+        return read_json(self.path / "summary.json")
 
     def environment(self) -> dict[str, Any]:
         """environment.json, or {} if it is missing."""
-        return _read_json(self.path / "environment.json")
+        return read_json(self.path / "environment.json")
 
     def config(self) -> dict[str, Any]:
         """config.toml as nested dicts; RunError if it is not valid TOML."""
@@ -225,8 +210,8 @@ class Run:
         file = self.path / "events.jsonl"
         try:
             lock.acquire(self.path / "writer.lock")
-            _cut_torn_line(file, self.path / "events.torn")
-            self._written = _count_lines(file)
+            cut_torn_line(file, self.path / "events.torn")
+            self._written = count_lines(file)
             self._events = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         except OSError as error:
             raise RunError(
@@ -238,197 +223,3 @@ class Run:
         if self._events is not None:
             os.close(self._events)
             self._events = None
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, as they decide the numbers and the speed of a run."""
-    import platform
-
-    import torch
-
-    from halfulp.numerics import cuda, kernel
-
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    status, on_gpu = kernel.status(), cuda.status()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: _version(name) for name in ("halfulp", "transformers", "numpy")},
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": [torch.cuda.get_device_name(i) for i in devices],
-        "kernel": status.name,
-        "kernel_reason": status.reason,
-        "gpu_kernel": on_gpu.name,
-        "gpu_kernel_reason": on_gpu.reason,
-    }
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    import platform
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _make_room(path: Path, *, force: bool, own: Set[str]) -> None:
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{path} is asked for as a run directory, but is a file. Give another name.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"the run directory {path} cannot be made: {error.strerror or error}. "
-            "Give a place that can be written."
-        ) from error
-    # A process that is killed before its run has begun leaves config.toml.part and nothing else.
-    names = {entry.name for entry in path.iterdir()} - {"config.toml.part"}
-    if not names:
-        return
-    if not force:
-        raise RunError(
-            f"{path} is asked for as a new run, but exists and is not empty. Give another name, "
-            "resume the run, or delete it with force."
-        )
-    foreign = sorted(name for name in names if not _written_by_a_run(name, own))
-    if foreign or not names & {"config.toml", "events.jsonl"} or path.is_symlink():
-        found = f"holds {', '.join(foreign[:5])}" if foreign else "is a link or not a run"
-        raise RunError(
-            f"{path} is not deleted by force: it {found}, which no run writes. "
-            "Move those files or give another name."
-        )
-    lock.acquire(path / "writer.lock")
-    for entry in path.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _written_by_a_run(name: str, own: Set[str]) -> bool:
-    """Whether a run writes a file of this name, were it only until it is renamed."""
-    return name.removesuffix(".part") in own or name.startswith("writer.lock.")
-
-
-def _cut_torn_line(file: Path, torn: Path) -> None:
-    """End `file` with a whole line: complete the last one if it parses, else move it to `torn`."""
-    if not file.exists():
-        return
-    with open(file, "r+b") as lines:
-        start = _last_line(lines)
-        lines.seek(start)
-        tail = lines.read()
-        if not tail:
-            return
-        if _parse(tail) is not None:
-            lines.write(b"\n")
-            return
-        with open(torn, "ab") as kept:
-            kept.write(tail + b"\n")
-        lines.truncate(start)
-
-
-def _count_lines(file: Path) -> int:
-    if not file.exists():
-        return 0
-    with open(file, "rb") as lines:
-        return sum(1 for _ in lines)
-
-
-def _last_line(lines: BinaryIO) -> int:
-    """Offset just after the last line break; the end of the file if it ends with one."""
-    position = lines.seek(0, os.SEEK_END)
-    while position > 0:
-        begin = max(0, position - 65536)
-        lines.seek(begin)
-        found = lines.read(position - begin).rfind(b"\n")
-        if found >= 0:
-            return begin + found + 1
-        position = begin
-    return 0
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(value, dict):
-        return None
-    return _revive(value) if b'"NaN"' in line or b'Infinity"' in line else value
-
-
-def _revive(value: Any) -> Any:
-    if isinstance(value, str):
-        return _SPECIAL.get(value, value)
-    if isinstance(value, list):
-        return [_revive(item) for item in value]
-    return {k: _revive(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _dumps(value: Any, indent: int | None = None) -> str:
-    try:
-        return json.dumps(value, allow_nan=False, default=_plain, indent=indent)
-    except ValueError:
-        return json.dumps(_spell(value), allow_nan=False, indent=indent)
-
-
-def _spell(value: Any) -> Any:
-    """`value` with every non-finite float as its name."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    if isinstance(value, Mapping):
-        return {str(k): _spell(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_spell(item) for item in value]
-    return value if value is None or isinstance(value, (str, int, float)) else _spell(_plain(value))
-
-
-def _plain(value: Any) -> Any:
-    """A path as text, and a scalar of numpy or torch as a Python number."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        return value.item()
-    raise RunError(
-        f"an event holds {value!r} ({type(value).__name__}), which JSON cannot spell. "
-        "Write numbers, strings, lists and dicts."
-    )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace `path` in one step: a reader sees the old text or the new one, never a part."""
-    waiting = path.with_name(f"{path.name}.part")
-    with open(waiting, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    waiting.replace(path)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _write_whole(path, _dumps(value, indent=2) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    value = _parse(path.read_bytes())
-    if value is None:
-        raise RunError(f"{path} is not a JSON object. Restore it, or delete it to go without it.")
-    return value

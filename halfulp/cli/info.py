@@ -8,7 +8,7 @@ def info() -> None:
 
     Says which kernel rounds and why.
     """
-    from halfulp.run import environment
+    from halfulp.environment import environment
 
     facts = environment()
     facts["gpu"] = ", ".join(facts["gpu"]) or "none"
