@@ -1,5 +1,8 @@
 """Attention whose two products, QK and PV, run as quantized GEMMs in Hugging Face models."""
 
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +19,30 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def has_attention_interface(model: nn.Module, module: nn.Module) -> bool:
+    """Whether the attention in `module` can be routed through `attention`."""
+    there = "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
+    return there and getattr(model, "config", None) is not None
+
+
+def route_attention(model: nn.Module, module: nn.Module) -> None:
+    """Route the model's attention through `attention`.
+
+    Raises PolicyError for models that do not go through transformers' attention interface.
+    """
+    config: Any = getattr(model, "config", None)
+    if not has_attention_interface(model, module):
+        raise PolicyError(
+            f"the policy rounds attention products, but {type(module).__name__} does not use "
+            "transformers' attention interface. Use a recipe whose attn_qk and attn_pv are fp32 "
+            '(in a policy file: extends = "…", attn_qk = "fp32", attn_pv = "fp32").'
+        )
+    if config._attn_implementation != NAME:
+        register()
+        model.__dict__["halfulp_attention"] = config._attn_implementation
+        config._attn_implementation = NAME
 
 
 def attention(

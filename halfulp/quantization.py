@@ -1,86 +1,28 @@
 """Apply a policy to a model in place (linears, attention, tables, norms), and undo it."""
 
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from halfulp import attention
 from halfulp.blocks import block_map
 from halfulp.errors import PolicyError
-from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.quantizer import Quantizer
 from halfulp.numerics.random import Key
 from halfulp.numerics.statistics import shares
 from halfulp.policy import Policy, Resolution, refuse_partial
+from halfulp.quantized_modules import (
+    attach,
+    attach_table,
+    detach,
+    quantized_tables,
+    restore_classes,
+)
 from halfulp.recipe import OPERANDS
-from halfulp.site import Clock, Site, histories, quantized_matmul
-
-
-class QuantizedLinear(nn.Module):
-    """Mixed into the class of nn.Linear or Conv1D: the three GEMMs run as `halfulp_site` says."""
-
-    halfulp_site: Site | None
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        site = self.halfulp_site
-        if site is None or not site.active:
-            return super().forward(x)  # pyright: ignore[reportCallIssue]
-        # transformers' Conv1D stores [in, out]
-        weight = self.weight if isinstance(self, nn.Linear) else self.weight.t()
-        rows = x.reshape(-1, x.shape[-1])
-        y = quantized_matmul(rows, weight, self.bias, site, self.training)
-        return y.view(*x.shape[:-1], -1)
-
-
-class QuantizedTable(nn.Module):
-    """Mixed into an embedding or norm: its weight and bias are read through `halfulp_quantizer`."""
-
-    halfulp_quantizer: Quantizer | None
-    halfulp_clock: Clock
-    halfulp_key: Key
-
-    @property
-    def weight(self) -> Tensor | None:
-        return _through(self, "weight")
-
-    @property
-    def bias(self) -> Tensor | None:
-        return _through(self, "bias")
-
-
-def _through(module: QuantizedTable, name: str) -> Tensor | None:
-    parameter, q = module._parameters.get(name), module.halfulp_quantizer
-    clock = module.halfulp_clock
-    if parameter is None or q is None or not clock.enabled:
-        return parameter
-    if hasattr(parameter, "to_local"):  # FSDP2 asks for its own shard here, never a forward pass
-        return parameter
-    key = module.halfulp_key.fold(clock.step).fold(clock.micro) if q.stochastic else None
-    return _StraightThrough.apply(parameter.float(), q, key).to(parameter.dtype)
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, q: Quantizer, key: Key | None):
-        return apply_quantizer(x, q, key=key)
-
-    @staticmethod
-    def backward(ctx, g):
-        return g, None, None
-
-
-@cache
-def _mixed(mixin: type, base: type) -> type:
-    return type(f"Quantized{base.__name__}", (mixin, base), {"__module__": __name__})
+from halfulp.site import Clock, Site, histories
 
 
 class Quantized:
@@ -107,7 +49,7 @@ class Quantized:
         GEMMs that it rounds as before keep their histories and counters, others begin anew.
         """
         before = self.sites
-        self._clear()
+        detach(self.model)
         self._rolled = None
         self.resolution = resolution
         self.sites = {
@@ -120,39 +62,12 @@ class Quantized:
         }
         for gemm, *_ in resolution.gemms:
             if (site := self.sites.get(gemm.name)) is not None:
-                self._attach(gemm.module, gemm.role, site)
+                attach(self.model, gemm.module, gemm.role, site)
         for modules in (resolution.embeds, resolution.norms):
             for name, quantizer in modules.items():
                 if not quantizer.is_identity:
-                    self._attach_table(name, quantizer)
-
-    def _attach(self, name: str, role: str, site: Site) -> None:
-        module = self.model.get_submodule(name)
-        if role in ("attn_qk", "attn_pv"):
-            _use_attention(self.model, module)
-            vars(module)[f"halfulp_{role[5:]}"] = site
-            return
-        if not isinstance(module, QuantizedLinear):
-            module.__class__ = _mixed(QuantizedLinear, type(module))
-        vars(module)["halfulp_site"] = site
-
-    def _attach_table(self, name: str, quantizer: Quantizer) -> None:
-        module = self.model.get_submodule(name)
-        if not isinstance(module, QuantizedTable):
-            module.__class__ = _mixed(QuantizedTable, type(module))
-        vars(module)["halfulp_quantizer"] = quantizer
-        vars(module)["halfulp_clock"] = self.clock
-        vars(module)["halfulp_key"] = Key.of(self.seed, name)
-
-    def _clear(self) -> None:
-        """Every module computes as before, keeping its class (FSDP may have wrapped it)."""
-        for module in self.model.modules():
-            if isinstance(module, QuantizedLinear):
-                vars(module)["halfulp_site"] = None
-            if isinstance(module, QuantizedTable):
-                vars(module)["halfulp_quantizer"] = None
-            for name in ("halfulp_qk", "halfulp_pv"):
-                module.__dict__.pop(name, None)
+                    key = Key.of(self.seed, name)
+                    attach_table(self.model.get_submodule(name), quantizer, self.clock, key)
 
     def _before_forward(self, model: nn.Module, _: object) -> None:
         if self._manual or not (model.training and torch.is_grad_enabled()):
@@ -249,7 +164,8 @@ class Quantized:
     def off_in(self, blocks: Collection[str]) -> Iterator[None]:
         """Inside, the GEMMs, tables and norms of `blocks` compute as if never quantized."""
         muted = [site for site in self.sites.values() if site.block in blocks]
-        tables = self._tables(blocks)
+        own = {name for name, block in self.resolution.blocks.items() if block in blocks}
+        tables = quantized_tables(self.model, own)
         for site in muted:
             site.enabled = False
         for module, _ in tables:
@@ -261,16 +177,6 @@ class Quantized:
                 site.enabled = True
             for module, quantizer in tables:
                 vars(module)["halfulp_quantizer"] = quantizer
-
-    def _tables(self, blocks: Collection[str]) -> list[tuple[nn.Module, Quantizer]]:
-        """Quantized embeddings and norms whose parameters belong to `blocks`."""
-        prefixes = {n.rpartition(".")[0] for n, b in self.resolution.blocks.items() if b in blocks}
-        found = [(n, m) for n, m in self.model.named_modules() if isinstance(m, QuantizedTable)]
-        return [
-            (module, module.halfulp_quantizer)
-            for name, module in found
-            if name in prefixes and module.halfulp_quantizer is not None
-        ]
 
     def forget_seen(self) -> None:
         """Drop what the delayed scales have seen in this step: it did not happen."""
@@ -348,17 +254,22 @@ def resolve(
     allow_partial: bool = False,
 ) -> Resolution:
     """Which recipe each GEMM and parameter of `model` gets; errors as in `quantize`."""
-    if isinstance(policy, str) and not policy.endswith(".toml"):
-        policy = Policy.from_recipe(policy)
-    elif isinstance(policy, str | Path):
-        policy = Policy.load(Path(policy))
-    elif not isinstance(policy, Policy):
-        raise PolicyError(
-            f"a policy is a Policy, a recipe name or a path; found {type(policy).__name__}."
-        )
-    resolution = policy.resolve(block_map(model, hints))
+    resolution = as_policy(policy).resolve(block_map(model, hints))
     refuse_partial(resolution, allow_partial)
     return resolution
+
+
+def as_policy(policy: Policy | str | Path) -> Policy:
+    """The policy given as itself, by the name of a recipe, or as the path of a policy.toml."""
+    if isinstance(policy, str) and not policy.endswith(".toml"):
+        return Policy.from_recipe(policy)
+    if isinstance(policy, str | Path):
+        return Policy.load(Path(policy))
+    if isinstance(policy, Policy):
+        return policy
+    raise PolicyError(
+        f"a policy is a Policy, a recipe name or a path; found {type(policy).__name__}."
+    )
 
 
 def unquantize(model: nn.Module) -> None:
@@ -371,44 +282,8 @@ def unquantize(model: nn.Module) -> None:
         raise PolicyError(
             "this model is not quantized. Call halfulp.quantize(model, policy) first."
         )
-    mixins = (QuantizedLinear, QuantizedTable)
-    modules = [m for m in model.modules() if isinstance(m, mixins)]
-    for module in modules:
-        if type(module).__bases__[0] not in mixins:
-            raise PolicyError(
-                f"{type(module).__name__} was sharded after quantize. Unquantize is not possible "
-                "then; handle.switch(resolution) changes the policy in place."
-            )
-    handle._clear()
+    restore_classes(model)
     handle._hook.remove()
-    for module in modules:
-        module.__class__ = type(module).__bases__[1]
-        for name in [n for n in module.__dict__ if n.startswith("halfulp_")]:
-            del module.__dict__[name]
     if (before := model.__dict__.pop("halfulp_attention", None)) is not None:
         model.config._attn_implementation = before  # pyright: ignore[reportAttributeAccessIssue]
     del model.__dict__["halfulp"]
-
-
-def has_attention_interface(model: nn.Module, module: nn.Module) -> bool:
-    """Whether the attention in `module` can be routed through halfulp.attention."""
-    there = "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
-    return there and getattr(model, "config", None) is not None
-
-
-def _use_attention(model: nn.Module, module: nn.Module) -> None:
-    """Route the model's attention through halfulp.attention.
-
-    Raises PolicyError for models that do not go through transformers' attention interface.
-    """
-    config: Any = getattr(model, "config", None)
-    if not has_attention_interface(model, module):
-        raise PolicyError(
-            f"the policy rounds attention products, but {type(module).__name__} does not use "
-            "transformers' attention interface. Use a recipe whose attn_qk and attn_pv are fp32 "
-            '(in a policy file: extends = "…", attn_qk = "fp32", attn_pv = "fp32").'
-        )
-    if config._attn_implementation != attention.NAME:
-        attention.register()
-        model.__dict__["halfulp_attention"] = config._attn_implementation
-        config._attn_implementation = attention.NAME

@@ -108,9 +108,8 @@ class Site:
     enabled: bool = True  # this site alone; the clock's switch is that of all
     histories: dict[str, History] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
-    scales: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # delayed ones, as the counters saw them
+    # Delayed ones, as the counters saw them.
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.quantizers: dict[str, Quantizer] = {o: getattr(self.spec, o) for o in OPERANDS}

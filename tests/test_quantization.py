@@ -9,7 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import halfulp
 from halfulp.errors import PolicyError
 from halfulp.policy import Policy
-from halfulp.quantization import QuantizedLinear, quantize, unquantize
+from halfulp.quantization import quantize, unquantize
+from halfulp.quantized_modules import QuantizedLinear
 
 GEMMS = {
     "fprop": ("fprop_x", "fprop_w"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from halfulp.attention import has_attention_interface
 from halfulp.batch import Batch
 from halfulp.blocks import BlockMap
 from halfulp.check import measure as runs
@@ -18,7 +19,6 @@ from halfulp.check.report import PlanRow, Row, Verdict
 from halfulp.check.targets import PolicyTarget, stored_weights
 from halfulp.check.trace import Trace, trace
 from halfulp.policy import Policy
-from halfulp.quantization import has_attention_interface
 
 TRIES = 3
 _ALTERNATIVES = 16

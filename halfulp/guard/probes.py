@@ -18,7 +18,7 @@ from halfulp.guard.readings import Reading
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.quantizer import Quantizer
 from halfulp.numerics.statistics import quantizer_statistics
-from halfulp.quantization import has_attention_interface
+from halfulp.attention import has_attention_interface
 
 Note = Callable[[str, str, str, Tensor], None]  # rule, block, place, value []
 
