@@ -120,3 +120,14 @@ def _parse_hint(glob: str, value: str) -> Kind:
 def globbed(name: str) -> str:
     """`name` with every number among its components replaced by `*`."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def block_type(block: str) -> str:
+    """The type of a block: "layers.3.vo" → "vo", "head" → "head", "layers.3.attn" → "attn"."""
+    return block.rpartition(".")[2]
+
+
+def layer_of(block: str) -> int | None:
+    """The layer of a block or of a GEMM name; None outside the layers."""
+    match = re.match(r"layers\.(\d+)\.", block)
+    return int(match[1]) if match else None

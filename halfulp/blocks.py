@@ -4,15 +4,15 @@ Names are recognized by the ordered tables of halfulp/block_names.py; whatever t
 an error that shows the hint to give. Nothing is guessed from shapes.
 """
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 from torch import nn
 
-from halfulp.block_names import BLOCK_TYPES, NORM_NAME, Hints, Kind, globbed, look_up
+from halfulp.block_names import BLOCK_TYPES, Hints, block_type, layer_of
+from halfulp.block_survey import Placed, Survey, survey_of
 from halfulp.errors import PolicyError
 
 _OUTER_TYPES = ("emb", "head")  # one block in the model, wherever the module sits
@@ -73,28 +73,6 @@ class BlockMap:
         return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in lines)
 
 
-def block_type(block: str) -> str:
-    """The type of a block: "layers.3.vo" → "vo", "head" → "head", "layers.3.attn" → "attn"."""
-    return block.rpartition(".")[2]
-
-
-def layer_of(block: str) -> int | None:
-    """The layer of a block or of a GEMM name; None outside the layers."""
-    match = re.match(r"layers\.(\d+)\.", block)
-    return int(match[1]) if match else None
-
-
-def is_gemm_module(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer that calls one GEMM: nn.Linear or transformers' Conv1D."""
-    names = {(c.__module__, c.__name__) for c in type(module).__mro__}
-    if ("transformers.pytorch_utils", "Conv1D") in names:
-        return True
-    # nn.MultiheadAttention hands the weight of this subclass to a function: it is never called.
-    return isinstance(module, nn.Linear) and not isinstance(
-        module, nn.modules.linear.NonDynamicallyQuantizableLinear
-    )
-
-
 def block_map(model: nn.Module, hints: Mapping[str, str] | None = None) -> BlockMap:
     """The block of every parameter and every GEMM of `model`; reads names and shapes only.
 
@@ -109,201 +87,39 @@ def block_map(model: nn.Module, hints: Mapping[str, str] | None = None) -> Block
     Raises PolicyError naming every parameter and GEMM module that cannot be placed with the hint
     to give, and hints that match nothing or do not parse.
     """
-    survey = _Survey(Hints(hints or {}))
-    for site in _walk(model):
-        survey.visit(site)
-    survey.hints.check_used([*survey.names.values(), *(g.name for g in survey.gemms)])
-    if survey.problems:
-        raise _unplaced(model, survey.problems)
-    return survey.finish()
+    return _map_of(survey_of(model, Hints(hints or {})))
 
 
-# The walk over the model, and what it collects.
-
-
-@dataclass(frozen=True)
-class _Site:
-    fqn: str
-    module: nn.Module
-    stack: str | None  # the outermost stack of layers around the module
-    index: int  # which of its entries
-    path: str  # the name within that entry; the whole name outside a stack
-    experts: bool  # a sibling is called experts: a `gate` beside it is a router
-
-
-def _walk(model: nn.Module) -> Iterator[_Site]:
-    """Every module once, in the order of `named_modules()`."""
-    seen: set[int] = set()
-    pending = [_Site("", model, None, 0, "", False)]
-    while pending:
-        site = pending.pop()
-        if id(site.module) in seen:
-            continue
-        seen.add(id(site.module))
-        yield site
-        children = list(site.module.named_children())
-        stack = site.stack is None and _is_stack(site.module)
-        experts = any(name.endswith("experts") for name, _ in children)
-        for name, child in reversed(children):
-            fqn = f"{site.fqn}.{name}" if site.fqn else name
-            if stack:
-                pending.append(_Site(fqn, child, site.fqn, int(name), "", experts))
-            else:
-                path = f"{site.path}.{name}" if site.path else name
-                pending.append(_Site(fqn, child, site.stack, site.index, path, experts))
-
-
-def _is_stack(module: nn.Module) -> bool:
-    if isinstance(module, nn.ModuleList):
-        return len(module) > 0
-    children = dict(module.named_children())
-    return (
-        isinstance(module, (nn.Sequential, nn.ModuleDict))
-        and bool(children)
-        and all(name.isdigit() for name in children)
-        and all(any(True for _ in child.children()) for child in children.values())
+def _map_of(survey: Survey) -> BlockMap:
+    """Number the layers, name the blocks and the GEMMs, add the attention GEMMs."""
+    offsets, layers = _number_stacks([*survey.parameters.values(), *survey.gemms])
+    blocks: dict[str, tuple[str, ...]] = {}
+    for placed in [*survey.parameters.values(), *survey.gemms]:
+        blocks[placed.name] = _blocks(placed, offsets)
+    named = [b for names in blocks.values() for b in names]
+    gemms = _with_attention(survey.gemms, blocks)
+    return BlockMap(
+        gemms=_unique_names(gemms),
+        parameters={name: blocks[name][0] for name in survey.parameters},
+        embeddings={m: blocks[survey.names[i]][0] for m, i in survey.embeddings.items()},
+        norms={m: blocks[survey.names[i]][0] for m, i in survey.norms.items()},
+        layers=max([layers, *(1 + n for b in named if (n := layer_of(b)) is not None)]),
+        unquantized=tuple(survey.unquantized),
     )
 
 
-@dataclass
-class _Placed:
-    """A parameter, GEMM or attention whose kind is known and whose layer number is not."""
-
-    name: str
-    site: _Site
-    kind: Kind
-    owner: str = ""  # of a GEMM: the module that holds the projection
-
-
-@dataclass
-class _Survey:
-    hints: Hints
-    parameters: dict[str, _Placed] = field(default_factory=dict)
-    names: dict[int, str] = field(default_factory=dict)  # id of a parameter → its first name
-    gemms: list[_Placed] = field(default_factory=list)
-    embeddings: dict[str, int] = field(default_factory=dict)  # module → id of a parameter of it
-    norms: dict[str, int] = field(default_factory=dict)
-    unquantized: list[str] = field(default_factory=list)
-    problems: list[tuple[str, str, str]] = field(default_factory=list)  # name, why, hint to give
-
-    def visit(self, site: _Site) -> None:
-        """Place one module and the parameters it owns itself."""
-        own = {n: p for n, p in site.module._parameters.items() if p is not None}
-        if is_gemm_module(site.module):
-            self._visit_gemm(site, own)
-        elif isinstance(site.module, nn.Embedding):
-            self._visit_typed(site, own, "emb", self.embeddings)
-        elif own and self._is_norm(site):
-            self._visit_typed(site, own, "norm", self.norms)
-        else:
-            self._visit_raw(site, own)
-
-    def _visit_gemm(self, site: _Site, own: Mapping[str, nn.Parameter]) -> None:
-        kind = self.hints.find(site.fqn, f"{site.fqn}.weight") or _recognize(site, site.path)
-        if kind is None:
-            why = f"a {type(site.module).__name__} whose name says no block"
-            self.problems.append((site.fqn, why, "ffn"))
-            return
-        if kind.quantized:
-            end = len(site.fqn) - len(site.path) + kind.owner
-            owner = site.fqn.rpartition(".")[0] if kind.owner < 0 else site.fqn[:end].rstrip(".")
-            self.gemms.append(_Placed(site.fqn, site, kind, owner))
-        else:
-            self.unquantized.append(site.fqn)
-        self._place_all(site, own, kind)
-
-    def _visit_typed(
-        self, site: _Site, own: Mapping[str, nn.Parameter], part: str, modules: dict[str, int]
-    ) -> None:
-        hint = self.hints.find(site.fqn, f"{site.fqn}.weight")
-        if hint and not hint.quantized:
-            self.unquantized.append(site.fqn)
-        else:
-            modules[site.fqn] = id(next(iter(own.values())))
-        self._place_all(site, own, hint or Kind((part,)))
-
-    def _is_norm(self, site: _Site) -> bool:
-        leaf = site.fqn.rpartition(".")[2]
-        if "norm" in type(site.module).__name__.lower() or NORM_NAME.search(leaf):
-            return True
-        hint = self.hints.find(site.fqn)
-        return hint is not None and hint.parts[0].rpartition(".")[2] == "norm"
-
-    def _visit_raw(self, site: _Site, own: Mapping[str, nn.Parameter]) -> None:
-        """Parameters of a module that is no GEMM, embedding or norm: gates, experts, positions."""
-        for name, parameter in own.items():
-            fqn = f"{site.fqn}.{name}" if site.fqn else name
-            path = f"{site.path}.{name}" if site.path else name
-            if kind := self.hints.find(fqn, site.fqn):
-                matrix = parameter.ndim > 1 and block_type(kind.parts[0]) not in ("emb", "norm")
-                if matrix and kind.quantized:
-                    self.problems.append((fqn, _matrix(parameter), f"{'+'.join(kind.parts)}:fp32"))
-                elif not kind.quantized:
-                    self.unquantized.append(fqn)
-            else:
-                kind = _recognize(site, path.removesuffix(".weight").removesuffix(".bias"))
-                if kind is None:
-                    why = f"a parameter of shape {tuple(parameter.shape)} whose name says no block"
-                    self.problems.append((fqn, why, "ffn:fp32" if parameter.ndim > 1 else "ffn"))
-                elif parameter.ndim > 1 and kind.parts[0] != "emb":
-                    self.problems.append((fqn, _matrix(parameter), f"{'+'.join(kind.parts)}:fp32"))
-            if kind is not None:
-                self._place(fqn, parameter, site, kind)
-
-    def _place_all(self, site: _Site, own: Mapping[str, nn.Parameter], kind: Kind) -> None:
-        for name, parameter in own.items():
-            fqn = f"{site.fqn}.{name}" if site.fqn else name
-            self._place(fqn, parameter, site, self.hints.find(fqn, site.fqn) or kind)
-
-    def _place(self, fqn: str, parameter: nn.Parameter, site: _Site, kind: Kind) -> None:
-        first = self.names.setdefault(id(parameter), fqn)
-        if first == fqn or kind.parts[0] == "emb":
-            self.parameters[first] = _Placed(first, site, kind)
-
-    def finish(self) -> BlockMap:
-        """Number the layers, name the blocks and the GEMMs, add the attention GEMMs."""
-        offsets, layers = self._number_stacks()
-        blocks: dict[str, tuple[str, ...]] = {}
-        for placed in [*self.parameters.values(), *self.gemms]:
-            blocks[placed.name] = _blocks(placed, offsets)
-        named = [b for names in blocks.values() for b in names]
-        gemms = _with_attention(self.gemms, blocks)
-        return BlockMap(
-            gemms=_unique_names(gemms),
-            parameters={name: blocks[name][0] for name in self.parameters},
-            embeddings={m: blocks[self.names[i]][0] for m, i in self.embeddings.items()},
-            norms={m: blocks[self.names[i]][0] for m, i in self.norms.items()},
-            layers=max([layers, *(1 + n for b in named if (n := layer_of(b)) is not None)]),
-            unquantized=tuple(self.unquantized),
-        )
-
-    def _number_stacks(self) -> tuple[dict[str | None, int], int]:
-        sizes: dict[str | None, int] = {}
-        for placed in [*self.parameters.values(), *self.gemms]:
-            if placed.site.stack is not None and placed.kind.parts[0] not in _OUTER_TYPES:
-                stack = placed.site.stack
-                sizes[stack] = max(sizes.get(stack, 0), placed.site.index + 1)
-        starts = accumulate(sizes.values(), initial=0)
-        return dict(zip(sizes, starts, strict=False)), sum(sizes.values())
+def _number_stacks(found: Sequence[Placed]) -> tuple[dict[str | None, int], int]:
+    """The number of the first layer of each stack, and of all layers together."""
+    sizes: dict[str | None, int] = {}
+    for placed in found:
+        if placed.site.stack is not None and placed.kind.parts[0] not in _OUTER_TYPES:
+            stack = placed.site.stack
+            sizes[stack] = max(sizes.get(stack, 0), placed.site.index + 1)
+    starts = accumulate(sizes.values(), initial=0)
+    return dict(zip(sizes, starts, strict=False)), sum(sizes.values())
 
 
-def _matrix(parameter: nn.Parameter) -> str:
-    return (
-        f"weights of shape {tuple(parameter.shape)} outside nn.Linear and Conv1D, "
-        "not a GEMM that can be quantized"
-    )
-
-
-def _recognize(site: _Site, path: str) -> Kind | None:
-    """What the tables say: the outer one first outside a stack and for an entry that is a leaf."""
-    if site.stack is not None and path:
-        if site.experts and path.rpartition(".")[2] == "gate":
-            return Kind(("router",))
-        return look_up(path, outer=False)
-    return look_up(path or site.fqn, outer=True) or look_up(path, outer=False)
-
-
-def _blocks(placed: _Placed, offsets: Mapping[str | None, int]) -> tuple[str, ...]:
+def _blocks(placed: Placed, offsets: Mapping[str | None, int]) -> tuple[str, ...]:
     names = []
     for part in placed.kind.parts:
         if part not in BLOCK_TYPES or part in _OUTER_TYPES:
@@ -325,7 +141,7 @@ def _blocks(placed: _Placed, offsets: Mapping[str | None, int]) -> tuple[str, ..
 
 
 def _with_attention(
-    gemms: list[_Placed], blocks: Mapping[str, tuple[str, ...]]
+    gemms: list[Placed], blocks: Mapping[str, tuple[str, ...]]
 ) -> list[tuple[Gemm, str]]:
     """(GEMM, path its name is taken from): the linears, and after its projections QK and PV."""
     last: dict[str, int] = {g.owner: i for i, g in enumerate(gemms)}
@@ -373,21 +189,6 @@ def _deepen(path: str, depth: int) -> int:
     while depth < len(components) and components[-depth].isdigit():
         depth += 1
     return depth
-
-
-def _unplaced(model: nn.Module, problems: list[tuple[str, str, str]]) -> PolicyError:
-    grouped: dict[str, tuple[int, str, str]] = {}
-    for name, why, hint in problems:
-        count = grouped.get(globbed(name), (0, "", ""))[0]
-        grouped[globbed(name)] = (count + 1, why, hint)
-    found = "".join(f"\n  {glob} ({n}): {why}" for glob, (n, why, _) in grouped.items())
-    hints = ", ".join(f"{glob!r}: {hint!r}" for glob, (_, _, hint) in grouped.items())
-    return PolicyError(
-        f"cannot place {len(problems)} of the parameters and GEMM modules of "
-        f"{type(model).__name__}:{found}\nSay what each of them is, for example "
-        f"hints={{{hints}}}. Block types: {', '.join(BLOCK_TYPES)}; ':fp32' places weights whose "
-        "products stay unquantized."
-    )
 
 
 def _ranges(numbers: list[int]) -> str:

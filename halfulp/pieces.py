@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from halfulp.block_names import BLOCK_TYPES
-from halfulp.blocks import BlockMap, block_map, block_type, layer_of
+from halfulp.block_names import BLOCK_TYPES, block_type, layer_of
+from halfulp.blocks import BlockMap, block_map
 from halfulp.fused import layout
 
 PIECE_TYPES = (*BLOCK_TYPES, "pos", "qk_norm", "bias", "qkvo")

@@ -8,8 +8,8 @@ from fnmatch import translate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from halfulp.block_names import globbed
-from halfulp.blocks import BlockMap, Gemm, block_type, layer_of
+from halfulp.block_names import block_type, globbed, layer_of
+from halfulp.blocks import BlockMap, Gemm
 from halfulp.errors import PolicyError
 from halfulp.numerics.quantizer import Quantizer
 from halfulp.recipe import (

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from halfulp.block_names import globbed
-from halfulp.blocks import BlockMap, block_map, block_type, is_gemm_module, layer_of
+from halfulp.block_names import block_type, globbed, layer_of
+from halfulp.block_survey import is_gemm_module
+from halfulp.blocks import BlockMap, block_map
 from halfulp.errors import PolicyError
 
 BASE = {

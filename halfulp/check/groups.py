@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from halfulp.block_names import globbed
-from halfulp.blocks import BlockMap, block_type
+from halfulp.block_names import block_type, globbed
+from halfulp.blocks import BlockMap
 from halfulp.check.prices import Prices
 from halfulp.check.sites import SiteInfo
 from halfulp.errors import CheckError

@@ -10,7 +10,8 @@ from functools import cached_property
 
 from torch import nn
 
-from halfulp.blocks import BlockMap, Gemm, block_map, block_type, layer_of
+from halfulp.block_names import block_type, layer_of
+from halfulp.blocks import BlockMap, Gemm, block_map
 
 KINDS = (
     "weight", "emb", "residual", "norm", "q", "k", "v", "qkv", "scores", "probs", "attn_out",

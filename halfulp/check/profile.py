@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from halfulp.blocks import BlockMap, block_map, layer_of
+from halfulp.block_names import layer_of
+from halfulp.blocks import BlockMap, block_map
 from halfulp.check.measure import low_copy
 from halfulp.errors import CheckError
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfulp.blocks import is_gemm_module
+from halfulp.block_survey import is_gemm_module
 from halfulp.guard.readings import Reading, worst
 from halfulp.numerics.apply import static_scale
 from halfulp.numerics.hadamard import hadamard

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfulp.blocks import BlockMap, Gemm, block_type
+from halfulp.attention import has_attention_interface
+from halfulp.block_names import block_type
+from halfulp.blocks import BlockMap, Gemm
 from halfulp.guard.readings import Reading
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.quantizer import Quantizer
 from halfulp.numerics.statistics import quantizer_statistics
-from halfulp.attention import has_attention_interface
 
 Note = Callable[[str, str, str, Tensor], None]  # rule, block, place, value []
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halfulp.blocks import block_type
+from halfulp.block_names import block_type
 from halfulp.numerics.quantizer import parse_quantizer
 
 _SAME_NAME = ("stale", "underflow", "underflow_energy")  # counters that are signals as they are

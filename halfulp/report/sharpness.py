@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from halfulp.blocks import block_type
+from halfulp.block_names import block_type
 from halfulp.report import words
 from halfulp.report.counters import block_order
 from halfulp.report.price import FAIL, PASS, UNKNOWN

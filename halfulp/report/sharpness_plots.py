@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from halfulp.blocks import block_type
+from halfulp.block_names import block_type
 from halfulp.report import sharpness as say
 from halfulp.report.curves import short, spread
 from halfulp.report.html import Markup
