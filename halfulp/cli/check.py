@@ -18,6 +18,7 @@ from halfulp.cli.common import (
     words,
 )
 from halfulp.cli.model_options import Hints, Texts, TokenizerName
+from halfulp.cli.output_options import Figures, Force, Page
 from halfulp.errors import CheckError, ConfigError, HalfulpError
 
 if TYPE_CHECKING:
@@ -61,14 +62,14 @@ def check(
     probes: Annotated[int, typer.Option(help="Backward passes; more are more certain.")] = 2,
     seed: Annotated[int, typer.Option(help="Of labels, signs and the choice of text.")] = 0,
     policy: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("policy.toml"),
-    html: Annotated[Path | None, typer.Option(help="Write the page there.")] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
+    html: Page = None,
+    json_: Figures = None,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Also test what this machine's kernels really do.")
     ] = False,
     explain: Annotated[str | None, typer.Option(help="Say everything about one site.")] = None,
     attn: Annotated[str, typer.Option(help="eager shows scores; sdpa prices fused.")] = "eager",
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    force: Force = False,
 ) -> None:
     """Price every rounding before the run.
 

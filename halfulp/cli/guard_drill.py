@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halfulp.cli.common import check_outputs, overrides_of, quiet_transformers, words
+from halfulp.cli.output_options import Figures
 from halfulp.cli.show import print_table
+from halfulp.cli.train_options import Preset, RecipeName, Seed, Sources
 
 if TYPE_CHECKING:
     from halfulp.train.drill import Drilled, DrillReport
@@ -25,15 +27,11 @@ def drill(
     faults: Annotated[
         str | None, typer.Option(help="Some of them, such as weight-x8,stale-scale.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Preset, or a local Hugging Face directory.")
-    ] = None,
-    data: Annotated[
-        list[str] | None, typer.Option(help='"stdlib" or a path; may be repeated.')
-    ] = None,
-    recipe: Annotated[str | None, typer.Option(help="See `halfulp recipes`.")] = None,
+    model: Preset = None,
+    data: Sources = None,
+    recipe: RecipeName = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, data order and rounding.")] = None,
+    seed: Seed = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any other option of `halfulp train`; may be repeated."),
@@ -42,7 +40,7 @@ def drill(
         bool, typer.Option("--unguarded", help="Train each once more without the guard.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Directory; a new numbered one.")] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
+    json_: Figures = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the drill at --out.")] = False,
 ) -> None:
     """Inject faults into a run, see the guard act.

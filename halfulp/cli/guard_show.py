@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halfulp.cli.common import check_outputs, plain, quiet_transformers
+from halfulp.cli.output_options import Figures
 
 if TYPE_CHECKING:
     from halfulp.report.guard_words import First
@@ -18,7 +19,7 @@ _MOST_SIGNS = 12
 
 def explain(
     run: Annotated[Path, typer.Argument(help="Run directory, with or without a guard.")],
-    json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
+    json_: Figures = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
     """Say what was abnormal before each incident of a run, what was done, and what it cost.

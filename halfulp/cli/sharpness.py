@@ -18,6 +18,7 @@ from halfulp.cli.common import (
     words,
 )
 from halfulp.cli.model_options import Hints, RunOrModel, Texts, TokenizerName
+from halfulp.cli.output_options import Figures, Force, Page
 from halfulp.cli.sharpness_formats import cells, forecast_of, prices_of, print_forecast
 from halfulp.errors import ConfigError
 
@@ -65,9 +66,9 @@ def sharpness(
     ] = None,
     hint: Hints = None,
     seed: Annotated[int, typer.Option(help="Of labels, probes and the choice of text.")] = 0,
-    html: Annotated[Path | None, typer.Option(help="Write the page there.")] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    html: Page = None,
+    json_: Figures = None,
+    force: Force = False,
 ) -> None:
     """Measure how sharp the loss is in each block.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halfulp.cli.common import overrides_of, quiet_transformers
+from halfulp.cli.train_options import Preset, RecipeName, Seed, Sources
 from halfulp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,13 +20,9 @@ def train(
     config: Annotated[
         Path | None, typer.Argument(help="TOML file; options below take precedence.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Preset, or a local Hugging Face directory.")
-    ] = None,
-    data: Annotated[
-        list[str] | None, typer.Option(help='"stdlib" or a path; may be repeated.')
-    ] = None,
-    recipe: Annotated[str | None, typer.Option(help="See `halfulp recipes`.")] = None,
+    model: Preset = None,
+    data: Sources = None,
+    recipe: RecipeName = None,
     policy: Annotated[str | None, typer.Option(help="TOML file of precision rules.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
@@ -39,7 +36,7 @@ def train(
         bool | None,
         typer.Option("--guard/--no-guard", help="Keep the run alive (default: --guard)."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, data order and rounding.")] = None,
+    seed: Seed = None,
     out: Annotated[str | None, typer.Option(help="Run directory; a new numbered one.")] = None,
     set_: Annotated[
         list[str] | None,
