@@ -1,24 +1,22 @@
 """The guard around one's own training loop: `halfulp.Guard`."""
 
-import json
-import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from halfulp.errors import ConfigError, RunError, StoppedError, require
 from halfulp.guard.budget import HORIZON, Budget
 from halfulp.guard.calls import Call
-from halfulp.guard.detect import ACTIVE, Trigger
+from halfulp.guard.detect import Trigger
 from halfulp.guard.host import Pass
 from halfulp.guard.incident import BACK, RETRY, STOP, Incident
+from halfulp.guard.incident_log import Log, tell
 from halfulp.guard.keeper import Keeper
 from halfulp.guard.loop_setup import (
     check_arguments,
@@ -28,19 +26,20 @@ from halfulp.guard.loop_setup import (
     ladder_of,
     restorable,
     stopped,
-    unlike,
 )
 from halfulp.guard.numeric import YOUNG, Numeric
-from halfulp.guard.own_loop import LoopHost, LossOf, local, unwrapped
-from halfulp.guard.readings import readings_of
-from halfulp.guard.ring import EVERY, KEPT, Ring, Snapshot, check_memory
-from halfulp.optim import AdamW
+from halfulp.guard.own_counts import OwnCounts
+from halfulp.guard.own_loop import LoopHost, LossOf, unwrapped
+from halfulp.guard.rehearsal import Rehearsal
+from halfulp.guard.ring import EVERY, KEPT, Ring, check_memory
+from halfulp.guard.slowed import Slowed
+from halfulp.guard.withheld import abnormal, allow, sent, why_waiting, withhold
 from halfulp.policy import Policy
+from halfulp.processes import count as processes
+from halfulp.processes import local
 
-LOG = logging.getLogger("halfulp.guard")
 COUNT_EVERY = 25  # steps between two looks at the counters of the quantizers
 MOST_SKIPS = 40  # steps in a row that a loss scaler may skip
-_SAME = 1e-3  # relative difference at most between a step and its rehearsal
 
 
 @dataclass
@@ -96,7 +95,7 @@ class Guard:
         steps: int = HORIZON,
         also: Iterable[Any] = (),
         loss: LossOf | None = None,
-        log: str | Path | Callable[[dict[str, Any]], object] | None = None,
+        log: Log = None,
         scaler: Any = None,
         hints: Mapping[str, str] | None = None,
         snapshot_every: int = EVERY,
@@ -113,14 +112,13 @@ class Guard:
             self._host, ladder, steps, budget, self._report, Ring(snapshot_every, snapshots)
         )
         self._numeric = Numeric()
-        self._rehearsed: set[int] = set()
         self._made: _Made | None = None
         self._skipped_by_scaler = 0
-        self._rates: list[Any] = []
-        self._counted = False  # in the last update
+        self._counts = OwnCounts(handle) if handle else None
         self._late = False  # answering for a step that is over
         self.incidents: list[Incident] = []
         self.notes: list[str] = []
+        self._rehearsal = Rehearsal(self._host, self.notes)
         self.rewound = False
         self.optimizer: torch.optim.Optimizer | None = None
         if optimizer is not None:
@@ -137,13 +135,15 @@ class Guard:
         host.note_loaders()
         if not host.rewinds:
             self.notes.append("the data does not rewind: after a rollback it goes on")
-        self._in_flight = host.device.type == "cuda" and self._can_hold(optimizer)
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._slow_down),
-            optimizer.register_step_post_hook(self._stepped),
-        ]
-        size = sum(p.numel() * (p.element_size() + 8) for p in _parts(host.bare))
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", _processes()))
+        self._in_flight = False
+        if host.device.type == "cuda":
+            why = why_waiting(optimizer, host.scaler)
+            self._in_flight = not why
+            self.notes += [why] if why else []
+        slowed = Slowed(optimizer, lambda: self._keeper.factors(host.done), host.units_in)
+        self._hooks = [slowed, optimizer.register_step_post_hook(self._stepped)]
+        size = sum(p.numel() * (p.element_size() + 8) for p in map(local, host.bare.parameters()))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
         check_memory(size, self._keeper.ring.most, "snapshots", processes=here)
 
     def step(self, loss: Tensor | float | None = None) -> bool:
@@ -160,14 +160,14 @@ class Guard:
         Raises StoppedError when nothing that the guard may do has helped.
         """
         host, calls = self._host, self._host.recorder.take()
-        self._check_step(calls)
-        vars(self.optimizer).pop("found_inf", None)
+        allow(self._check_step(calls))
+        if loss is not None:
+            check_loss(loss)
         self.rewound = False
         if not self._keeper.ring.snapshots:
             self._keeper.begin(host.done)
-        values = host.measure(self._given(loss, calls))
-        if len(calls) not in self._rehearsed:
-            values = self._rehearse(calls, loss, values)
+        values = host.measure.values(host.given(loss, calls))
+        values = self._rehearsal.of(calls, loss, values)
         late = self._finish()
         went_back = isinstance(late, Incident) and late.action == BACK
         host.position += not (went_back and host.rewinds)
@@ -177,10 +177,10 @@ class Guard:
         if host.position in host.skips:
             return self._withhold()
         if isinstance(late, Incident) and late.action == RETRY:
-            values = host.measure(host.run(calls))
+            values = host.measure.values(host.run(calls))
         if self._in_flight and late is None:
             return self._let_go(calls, values)
-        seen = host.as_pass(values)
+        seen = host.measure.as_pass(values)
         return self._decide(seen, late if isinstance(late, Trigger) else None)
 
     def forget(self) -> None:
@@ -215,22 +215,13 @@ class Guard:
         The batches that stand in for fresh data are not part of it.
         """
         self._finish()
-        host, ring = self._host, self._keeper.ring
-        host.settled()
+        self._host.settled()
         return {
             "policy": digest_of(self._ladder.base),
-            "done": host.done,
-            "position": host.position,
-            "skips": sorted(host.skips),
-            "sums": [host.sum_loss, host.sum_gradient],
+            **self._host.state(),
             "keeper": self._keeper.state(),
             "numeric": self._numeric.state_dict(),
-            "histories": self.handle.state_dict() if self.handle else {},
-            "time": list(host.time),
-            "ring": [
-                {"step": s.step, "tensors": dict(s.tensors), "facts": dict(s.facts), "good": s.good}
-                for s in ring.snapshots
-            ],
+            "ring": self._keeper.ring.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -243,21 +234,11 @@ class Guard:
                 "the saved guard belongs to another policy. Give halfulp.Guard the policy of the "
                 "saved run, or begin with a new guard."
             )
-        host = self._host
-        host.done, host.position = state["done"], state["position"]
-        host.skips, self._made = set(state["skips"]), None
-        host.sum_loss, host.sum_gradient = state["sums"]
+        self._made = None
         self._keeper.load(state["keeper"])
         self._numeric.load_state_dict(state["numeric"])
-        if self._ladder.is_raised:
-            host.apply(self._ladder.policy())
-        saved = {f"quantizers/{name}": t for name, t in state["histories"].items()}
-        host.restore_histories(saved, state["time"])
-        self._keeper.ring.snapshots = [
-            Snapshot(row["step"], row["tensors"], row["facts"], row["good"])
-            for row in state["ring"]
-        ]
-        host.note_loaders()
+        self._host.load(state)
+        self._keeper.ring.load(state["ring"])
 
     def close(self) -> None:
         """Leave model and optimizer alone; the model stays quantized as it is."""
@@ -297,7 +278,7 @@ class Guard:
             incident = keeper.respond(replace(trigger, step=host.done + 1), seen)
             if incident.action != RETRY:
                 return self._answer(incident)
-            trigger, seen = None, host.as_pass(host.measure(host.run(host.now)))
+            trigger, seen = None, host.measure.as_pass(host.measure.values(host.run(host.now)))
 
     def _allow(self, made: _Made) -> None:
         """The update may be made: what is known of the step before it."""
@@ -324,21 +305,12 @@ class Guard:
 
     def _let_go(self, calls: list[Call], values: Tensor) -> bool:
         """Let the device decide about the update, and look at its decision in the next step."""
-        held = self._abnormal(values[0], values[1 + len(self._host.units.names)])
-        vars(self.optimizer)["found_inf"] = held.float()  # as a GradScaler tells it
-        sent, event = _sent(torch.cat([values, held.double().reshape(1)]))
-        self._allow(_Made(calls, None, sent, event))
+        assert self.optimizer is not None
+        norm_square = values[1 + len(self._host.units.names)]
+        held = abnormal(self._keeper.detector, values[0], norm_square)
+        withhold(self.optimizer, held)
+        self._allow(_Made(calls, None, *sent(torch.cat([values, held.double().reshape(1)]))))
         return True
-
-    def _abnormal(self, loss: Tensor, square: Tensor) -> Tensor:
-        """Whether a step is not finite or a spike, on the device; `square` of the gradient norm."""
-        detector, z = self._keeper.detector, []
-        for window, value in ((detector.loss, loss), (detector.norm, square.log() / 2)):
-            active = len(window.values) >= ACTIVE
-            middle, spread = window.scale() if active else (0.0, math.inf)
-            z.append((value - middle) / spread)
-        finite = torch.isfinite(loss) & torch.isfinite(square)
-        return ~finite | detector.is_spike(*z)
 
     def _finish(self) -> Trigger | Incident | None:
         """The step before is over: accept it, or answer what the device has found in it."""
@@ -352,7 +324,7 @@ class Guard:
             if made.event is not None:
                 made.event.synchronize()
             *numbers, held = made.values.tolist()
-            seen = host.as_pass(numbers)
+            seen = host.measure.as_pass(numbers)
             trigger = keeper.judge(host.done + 1, seen)
         if held:
             trigger = trigger or Trigger("spike", host.done + 1, host.done + 1, 1)
@@ -381,60 +353,11 @@ class Guard:
 
     def _look(self, step: int) -> None:
         """Numeric rules on what the quantizers and a halfulp.AdamW have counted."""
-        if self.handle is None or step < YOUNG:
+        if self._counts is None or step < YOUNG:
             return
-        rows, optimizer, counting = self.handle.stale(), [], self.handle.clock.counting
-        if counting:
-            rows += _everywhere(self.handle.counters())
-        if isinstance(self.optimizer, AdamW):
-            # Its rows are those of the update before, which came after the last look.
-            optimizer = self.optimizer.counters()
-            optimizer = _everywhere(optimizer) if self._counted else optimizer
-            self._counted = counting
-            self.optimizer.count(counting)
-        readings = readings_of(rows, optimizer)
-        findings = self._numeric.observe(step, readings)
+        findings = self._numeric.observe(step, self._counts.readings(self.optimizer))
         if self._keeper.heed(step, findings, self._numeric):
             self._host.set_mark()
-
-    # Between the loop and the keeper.
-
-    def _given(self, loss: Tensor | float | None, calls: list[Call]) -> Tensor:
-        """The loss of the step, fp64 on the device."""
-        device = self._host.device
-        if loss is not None:
-            check_loss(loss)
-            return torch.as_tensor(loss, dtype=torch.float64, device=device).detach()
-        losses = [call.loss for call in calls if call.loss is not None]
-        if len(losses) < len(calls):
-            raise ConfigError(
-                "the model's outputs have no loss. Give it: guard.step(loss), the mean over the "
-                "step's micro-batches."
-            )
-        return self._host.total(losses)
-
-    def _rehearse(self, calls: list[Call], loss: Tensor | float | None, values: Tensor) -> Tensor:
-        """Do the step a second time, to learn how the loop adds up its micro-batches."""
-        host, seen = self._host, self._host.as_pass(values)
-        if not (math.isfinite(seen.loss) and math.isfinite(seen.norm)):
-            return values  # a later step will tell
-        host.now, count = calls, len(calls)
-        host.sum_loss = host.sum_gradient = False
-        again = host.replay()
-        host.sum_gradient = count > 1 and _close(seen.norm, count * again.norm)
-        host.sum_loss = count > 1 and _close(seen.loss, count * again.loss)
-        if loss is None:
-            host.sum_loss = host.sum_gradient
-            values = host.measure(self._given(None, calls))
-        if host.sum_gradient or host.sum_loss:
-            seen, again = host.as_pass(values), host.replay()
-        if not _close(seen.loss, again.loss) or not _close(seen.norm, again.norm):
-            raise ConfigError(unlike(seen, again, count))
-        if host.deterministic and (seen.loss, seen.norm) != (again.loss, again.norm):
-            host.deterministic = False
-            self.notes.append("a step done again differs in the last bits: it cannot show hardware")
-        self._rehearsed.add(count)
-        return values
 
     def _scaler_skips(self, seen: Pass) -> bool:
         """Whether the loss scaler will skip this step, and will be able to go on."""
@@ -445,35 +368,13 @@ class Guard:
         self._skipped_by_scaler += 1
         return self._skipped_by_scaler <= MOST_SKIPS
 
-    def _can_hold(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether an update can be withheld on the device, without waiting for it."""
-        able = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if able and self._host.scaler is None:
-            return True
-        why = "a GradScaler is used" if able else f"{type(optimizer).__name__} is not fused"
-        self.notes.append(
-            f"each step waits once for the GPU, because {why}; torch.optim.AdamW(…, fused=True) "
-            "without a GradScaler need not"
-        )
-        return False
-
-    def _slow_down(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """During a step, groups that hold parameters of a slowed unit have a lower rate."""
-        factors, host = self._keeper.factors(self._host.done), self._host
-        self._rates = [group["lr"] for group in optimizer.param_groups] if factors else []
-        for group in optimizer.param_groups if factors else ():
-            found = [factors[unit] for unit in host.units_in(group) if unit in factors]
-            group["lr"] = group["lr"] * min(found, default=1.0)
-
     def _stepped(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
-            group["lr"] = rate
         if self._made is not None:
             self._made.stepped = True
         if self._in_flight:
-            vars(optimizer).pop("found_inf", None)
+            allow(optimizer)
 
-    def _check_step(self, calls: list[Call]) -> None:
+    def _check_step(self, calls: list[Call]) -> torch.optim.Optimizer:
         if self.optimizer is None:
             raise ConfigError("the guard has no optimizer. Give it one: guard.attach(optimizer).")
         if not calls:
@@ -482,6 +383,7 @@ class Guard:
                 "mode since the last one. Call it once per step, after loss.backward(), and give "
                 "the guard the module that the loop calls."
             )
+        return self.optimizer
 
     def _report(self, incident: Incident) -> None:
         done = list(incident.done)
@@ -495,52 +397,4 @@ class Guard:
             done.append("the batch of the withheld step is not repeated")
         incident = replace(incident, done=tuple(done))
         self.incidents.append(incident)
-        if dist.is_available() and dist.is_initialized() and dist.get_rank():
-            return
-        row = {
-            "event": "guard",
-            **incident.fields(),
-            "map": self.map(),
-            "above": self._ladder.above(),
-        }
-        if callable(self._log):
-            self._log(row)
-        elif self._log is not None:
-            with Path(self._log).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, default=str) + "\n")
-        else:
-            LOG.warning("%s; %s: %s", incident.trigger, incident.verdict.kind, "; ".join(done))
-
-
-def _sent(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy on the CPU, and the event after which it is complete."""
-    if values.device.type != "cuda":
-        return values.clone(), None
-    copied = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copied.copy_(values, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return copied, event
-
-
-def _parts(model: nn.Module) -> list[Tensor]:
-    """This process's parts of the parameters."""
-    return [local(p.detach()) for p in model.parameters()]
-
-
-def _processes() -> int:
-    there = dist.is_available() and dist.is_initialized()
-    return dist.get_world_size() if there else 1
-
-
-def _everywhere(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of every process, so that all find the same."""
-    if _processes() == 1:
-        return rows
-    parts: list[Any] = [None] * _processes()
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
-
-
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=_SAME)
+        tell(self._log, incident, self._ladder)

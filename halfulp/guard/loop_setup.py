@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from halfulp.blocks import block_map
 from halfulp.errors import ConfigError, PolicyError
 from halfulp.guard.budget import Budget
-from halfulp.guard.host import Pass
 from halfulp.guard.incident import Incident
 from halfulp.guard.ladder import Ladder
-from halfulp.guard.own_loop import is_loader
+from halfulp.guard.own_state import is_loader
 from halfulp.policy import Policy, Resolution
-from halfulp.quantization import Quantized, quantize
+from halfulp.quantization import Quantized, as_policy, quantize
 
 
 def ladder_of(
@@ -25,12 +24,12 @@ def ladder_of(
 ) -> tuple[Ladder, Quantized | None]:
     """The ladder over the policy of a model, which is quantized if there is something to do."""
     blocks, handle = block_map(bare, hints), bare.__dict__.get("halfulp")
-    if handle is None and policy is None:
-        return Ladder(Policy.from_recipe("fp32"), blocks), None
     if handle is None:
-        own = _load(policy)
+        if policy is None:
+            return Ladder(Policy.from_recipe("fp32"), blocks), None
+        own = as_policy(policy)
         return Ladder(own, blocks), quantize(bare, own, hints=hints)
-    own = _load(policy) if policy is not None else _policy_of(handle.resolution)
+    own = as_policy(policy) if policy is not None else _policy_in_force(handle.resolution)
     if own.resolve(blocks).gemms != handle.resolution.gemms:
         raise PolicyError(
             "the model is quantized already, by another policy than the guard was given. Give the "
@@ -39,19 +38,7 @@ def ladder_of(
     return Ladder(own, blocks), handle
 
 
-def _load(policy: Policy | str | Path | None) -> Policy:
-    if isinstance(policy, str) and not policy.endswith(".toml"):
-        return Policy.from_recipe(policy)
-    if isinstance(policy, str | Path):
-        return Policy.load(Path(policy))
-    if isinstance(policy, Policy):
-        return policy
-    raise PolicyError(
-        f"a policy is a Policy, a recipe name or a path; found {type(policy).__name__}."
-    )
-
-
-def _policy_of(resolution: Resolution) -> Policy:
+def _policy_in_force(resolution: Resolution) -> Policy:
     """A policy that decides as `resolution`, whose rules have their keeps spelled out."""
     rules = (replace(r, recipe=replace(r.recipe, keep=())) for r in resolution.rules)
     return Policy(tuple(rules))
@@ -104,20 +91,6 @@ def check_loss(loss: object) -> None:
             f"guard.step takes one number, the loss of the step, and was given {found}. Give the "
             "mean over its tokens and micro-batches, or nothing where the outputs have a loss."
         )
-
-
-def unlike(seen: Pass, again: Pass, count: int) -> str:
-    """Why the first step could not be repeated."""
-    return (
-        f"the guard has done the step a second time and has found something else: loss "
-        f"{again.loss:.6g} and gradient norm {again.norm:.6g}, where the loop has loss "
-        f"{seen.loss:.6g} and norm {seen.norm:.6g} ({count} micro-batches: all forward passes in "
-        "training mode since the last guard.step). It must be able to do a step again. Call "
-        "guard.step before gradients are clipped and after they are unscaled; give it the mean "
-        "loss of the micro-batches; make passes of no step (validation) under torch.no_grad(); use "
-        "no optimizer that takes a closure; and where the loss is not the one in the model's "
-        "output, give halfulp.Guard(…, loss=…)."
-    )
 
 
 def stopped(incident: Incident) -> str:

@@ -7,14 +7,12 @@ The gradient of a step is that of the mean, or of the sum, of the losses of its 
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from halfulp.errors import ConfigError
@@ -33,11 +31,22 @@ from halfulp.guard.calls import (
 )
 from halfulp.guard.host import ALL, Pass
 from halfulp.guard.ladder import Ladder
-from halfulp.guard.replay import compared, differing, outputs
+from halfulp.guard.measure import Measure
+from halfulp.guard.own_state import (
+    is_loader,
+    model_tensors,
+    on_cpu,
+    optimizer_states,
+    plain_groups,
+    restore_model,
+    restore_optimizer,
+)
+from halfulp.guard.replay import compared, differing, outputs, untouched
 from halfulp.guard.ring import Snapshot
 from halfulp.optim import AdamW
 from halfulp.optim.groups import storage_formats
 from halfulp.policy import Policy, Resolution
+from halfulp.processes import gathered, local
 from halfulp.quantization import Quantized
 
 LossOf = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Tensor]
@@ -69,6 +78,7 @@ class LoopHost:
         self.done = self.position = 0
         self.skips: set[int] = set()
         self.kept: list[Tensor] = []
+        self.measure = Measure(self.bare, self.units)
         self._mark = time_of(handle), scales_of(handle)
         self._loaders: list[Any] = []
 
@@ -91,15 +101,15 @@ class LoopHost:
             if not backward:
                 with torch.no_grad():
                     losses = [self._again(call) for call in calls]
-                loss = self.over_processes(self.total(losses).reshape(1))
+                loss = self.measure.over_processes(self.total(losses).reshape(1))
                 return Pass(loss.item(), math.nan)
-            found = self.as_pass(self.measure(self.run(calls)))
-            gradients = self._gradients()
+            found = self.measure.as_pass(self.measure.values(self.run(calls)))
+            gradients = self.measure.gradients()
             if keep:
                 self.kept = [gradient.clone() for _, gradient in gradients]
             if not compare:
                 return found
-            return compared(found, self.units, gradients, self.kept, self._add)
+            return compared(found, self.units, gradients, self.kept, self.measure.add)
 
     def differing_unit(self) -> str:
         with self._untouched():
@@ -109,42 +119,43 @@ class LoopHost:
     def broken_unit(self) -> str:
         with self._untouched():
             names = [n for n, v in self._outputs().items() if not torch.isfinite(v).all()]
-            if any(_gathered(names[:1])):
+            if any(gathered(names[:1])):
                 return self._unit_of(names[:1])
             self.run(self.now)
-            names = [n for n, g in self._gradients() if not torch.isfinite(g).all()]
+            names = [n for n, g in self.measure.gradients() if not torch.isfinite(g).all()]
         # The backward pass has met the last parameters first.
         return self._unit_of([name.rpartition(".")[0] for name in names[-1:]])
 
     def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies on the CPU; those from a GPU may still be under way (`settled`)."""
-        tensors = {f"model/{name}": t for name, t in self._model_tensors()}
+        tensors = {f"model/{name}": t for name, t in model_tensors(self.bare)}
         plain: dict[str, Any] = {}
-        for name, key, value in self._optimizer_states():
+        for name, value in optimizer_states(self.optimizer):
             into = tensors if isinstance(value, Tensor) else plain
-            into[f"optimizer/{name}/{key}"] = value
+            into[f"optimizer/{name}"] = value
         time, scales = self._mark
         tensors |= {f"quantizers/{name}": amaxes for name, (amaxes, *_) in scales.items()}
         facts = {
             "time": list(time),
             "position": self.position,
             "optimizer": plain,
-            "groups": [_plain_group(group) for group in self._groups()],
+            "groups": plain_groups(self.optimizer),
             "also": [
                 saved if is_loader(o) else copy.deepcopy(o.state_dict())
                 for o, saved in zip(self.also, self._loaders, strict=True)
             ],
         }
-        return {name: _on_cpu(local(t)) for name, t in tensors.items()}, facts
+        return {name: on_cpu(local(t)) for name, t in tensors.items()}, facts
 
     def restore(self, snapshot: Snapshot) -> None:
         self.drop_gradients()
         self.settled()
         facts, tensors = snapshot.facts, snapshot.tensors
         with torch.no_grad():
-            for name, tensor in self._model_tensors():
-                local(tensor).copy_(tensors[f"model/{name}"])
-            self._restore_optimizer(tensors, facts)
+            restore_model(self.bare, tensors)
+            scheduled = any(isinstance(o, LRScheduler) for o in self.also)
+            states = {**tensors, **facts["optimizer"]}
+            restore_optimizer(self.optimizer, states, facts["groups"], scheduled=scheduled)
         self.restore_histories(tensors, facts["time"])
         for o, state in zip(self.also, facts["also"], strict=True):
             o.load_state_dict(copy.deepcopy(state))
@@ -224,8 +235,20 @@ class LoopHost:
                     (share * scale).backward()
                 losses.append(loss.detach())
         if self.scaler:
-            for _, gradient in self._gradients():
+            for _, gradient in self.measure.gradients():
                 gradient.mul_(1.0 / scale)
+        return self.total(losses)
+
+    def given(self, loss: Tensor | float | None, calls: Sequence[Call]) -> Tensor:
+        """The loss of the step, fp64 on the device: `loss`, or what the calls' outputs have."""
+        if loss is not None:
+            return torch.as_tensor(loss, dtype=torch.float64, device=self.device).detach()
+        losses = [call.loss for call in calls if call.loss is not None]
+        if len(losses) < len(calls):
+            raise ConfigError(
+                "the model's outputs have no loss. Give it: guard.step(loss), the mean over the "
+                "step's micro-batches."
+            )
         return self.total(losses)
 
     def total(self, losses: Sequence[Tensor]) -> Tensor:
@@ -233,49 +256,31 @@ class LoopHost:
         each = torch.stack([loss.double() for loss in losses])
         return each.sum() if self.sum_loss else each.mean()
 
-    def measure(self, loss: Tensor) -> Tensor:
-        """[loss, squares of the gradient norm of each unit and of all, of each matrix's norm].
-
-        fp64, over all processes.
-        """
-        named, matrices = self._gradients(), [local(p.detach()) for _, p in self._matrices()]
-        squares = torch.zeros(len(self.units.names), dtype=torch.float64, device=self.device)
-        if named:
-            places = self._places([name for name, _ in named])
-            squares.index_add_(0, places, _norms([g for _, g in named]).square())
-        weights = _norms(matrices).square() if matrices else squares[:0]
-        loss = loss.detach().double().reshape(1).to(self.device)
-        return self.over_processes(torch.cat([loss, squares, squares.sum().reshape(1), weights]))
-
-    def over_processes(self, values: Tensor) -> Tensor:
-        """The mean of the first value, and sums of squares of the others over whole tensors."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return values
-        size = dist.get_world_size()
-        if any(isinstance(p, DTensor) for p in self.bare.parameters()):
-            values[0] /= size
-        else:  # each process has whole tensors
-            values /= size
-        dist.all_reduce(values)
-        return values
-
-    def as_pass(self, values: Tensor | Sequence[float]) -> Pass:
-        """What `measure` gave, on the host."""
-        numbers = values.tolist() if isinstance(values, Tensor) else list(values)
-        loss, *squares = numbers
-        roots = [math.sqrt(s) if s >= 0 else math.nan for s in squares]
-        count = len(self.units.names)
-        names = [name for name, _ in self._matrices()]
-        return Pass(
-            loss,
-            roots[count],
-            dict(zip(self.units.names, roots[:count], strict=True)),
-            weights=dict(zip(names, roots[count + 1 :], strict=True)),
-        )
-
     def units_in(self, group: Mapping[str, Any]) -> set[str]:
         """The units whose parameters a group of the optimizer holds."""
         return {self.units.parameters[name] for name in self._owners(group).values()}
+
+    def state(self) -> dict[str, Any]:
+        """Where the loop stands between two steps, and the delayed scales, as plain values."""
+        return {
+            "done": self.done,
+            "position": self.position,
+            "skips": sorted(self.skips),
+            "sums": [self.sum_loss, self.sum_gradient],
+            "histories": self.handle.state_dict() if self.handle else {},
+            "time": list(self.time),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`; puts the policy of the ladder in force."""
+        self.done, self.position = state["done"], state["position"]
+        self.skips = set(state["skips"])
+        self.sum_loss, self.sum_gradient = state["sums"]
+        if self.ladder.is_raised:
+            self.apply(self.ladder.policy())
+        saved = {f"quantizers/{name}": t for name, t in state["histories"].items()}
+        self.restore_histories(saved, state["time"])
+        self.note_loaders()
 
     def restore_histories(self, tensors: Mapping[str, Tensor], time: Sequence[int]) -> None:
         """Those that the policy in force still has; a raised block has none, or begins anew."""
@@ -319,27 +324,13 @@ class LoopHost:
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
-        """Gradients, scales, random streams, counters and buffers are afterwards as before."""
-        parameters, handle = list(self.bare.parameters()), self.handle
-        gradients, random = [p.grad for p in parameters], random_state(self.device)
-        buffers = {name: b.clone() for name, b in self.bare.named_buffers()}
-        scales = scales_of(handle)
-        counting = handle is not None and handle.clock.counting
-        for p in parameters:
-            p.grad = None
-        if handle is not None:
-            handle.count(False)
+        """Inside, passes leave no trace; see halfulp.guard.host.Host."""
+        random = random_state(self.device)
         try:
-            yield
+            with untouched(self.bare, self.handle):
+                yield
         finally:
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.grad = gradient
-            for name, buffer in self.bare.named_buffers():
-                buffer.copy_(buffers[name])
             set_random(random, self.device)
-            if handle is not None:
-                put_scales(handle, scales)
-                handle.count(counting)
 
     @contextmanager
     def _plain(self, off: Collection[str]) -> Iterator[None]:
@@ -355,26 +346,6 @@ class LoopHost:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
 
-    def _gradients(self) -> list[tuple[str, Tensor]]:
-        named = self.bare.named_parameters()
-        return [(name, local(p.grad)) for name, p in named if p.grad is not None]
-
-    def _matrices(self) -> list[tuple[str, Tensor]]:
-        named = self.bare.named_parameters()
-        return [(name, p) for name, p in named if p.ndim >= 2 and p.requires_grad]
-
-    def _places(self, names: list[str]) -> Tensor:
-        """The index of each parameter's unit; a copy to the device, so kept."""
-        if getattr(self, "_index", ([],))[0] != names:
-            places = [self.units.names.index(self.units.parameters[name]) for name in names]
-            self._index = names, torch.tensor(places, device=self.device)
-        return self._index[1]
-
-    def _add(self, rows: Tensor) -> Tensor:
-        """Sums of squares [units, 3] over whole tensors."""
-        values = torch.cat([rows.new_zeros(1), rows.flatten()])
-        return self.over_processes(values)[1:].view(rows.shape)
-
     def _outputs(self) -> dict[str, Tensor]:
         """The output of every leaf module in a forward pass of the first call."""
         with self._plain(()), torch.no_grad():
@@ -382,20 +353,10 @@ class LoopHost:
 
     def _unit_of(self, modules: list[str]) -> str:
         """The unit of the first module that any process names."""
-        found = [name for part in _gathered(modules) for name in part]
+        found = [name for part in gathered(modules) for name in part]
         of = self.units.parameters
         units = (unit for name, unit in of.items() if found and name.startswith(f"{found[0]}."))
         return next(units, "")
-
-    def _model_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        seen: set[int] = set()
-        for name, tensor in self.bare.state_dict(keep_vars=True).items():
-            if isinstance(tensor, Tensor) and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield name, tensor
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups if self.optimizer else []
 
     def _store_as(self, group: dict[str, Any], resolution: Resolution) -> None:
         """Give a group of a halfulp.AdamW the storage formats that all its parameters have."""
@@ -410,21 +371,6 @@ class LoopHost:
         names = {id(p): name for name, p in self.bare.named_parameters()}
         return {id(p): names[id(p)] for p in group["params"] if id(p) in names}
 
-    def _optimizer_states(self) -> Iterator[tuple[str, str, Any]]:
-        for i, group in enumerate(self._groups()):
-            for j, p in enumerate(group["params"]):
-                assert self.optimizer is not None
-                for key, value in self.optimizer.state.get(p, {}).items():
-                    yield f"{i}.{j}", key, value
-
-    def _restore_optimizer(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        assert self.optimizer is not None
-        scheduled = any(isinstance(o, LRScheduler) for o in self.also)
-        for i, (group, saved) in enumerate(zip(self._groups(), facts["groups"], strict=True)):
-            group.update({k: copy.deepcopy(v) for k, v in saved.items() if k != "lr" or scheduled})
-            for j, p in enumerate(group["params"]):
-                _restore_state(self.optimizer.state, p, f"optimizer/{i}.{j}/", tensors, facts)
-
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel and torch.compile."""
@@ -435,59 +381,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # pyright: ignore[reportAssignmentType]
         else:
             return model
-
-
-def is_loader(o: object) -> bool:
-    """Whether an object gives batches, and not only state."""
-    return hasattr(o, "__iter__")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, sharing its memory; other tensors as they are."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _restore_state(
-    states: Any, p: Tensor, path: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
-) -> None:
-    saved = {k[len(path) :]: t for k, t in tensors.items() if k.startswith(path)}
-    saved |= {k[len(path) :]: v for k, v in facts["optimizer"].items() if k.startswith(path)}
-    if not saved:
-        states.pop(p, None)  # before its first update
-        return
-    for key, value in saved.items():
-        if isinstance(value, Tensor):
-            local(states[p][key]).copy_(value)
-        else:
-            states[p][key] = copy.deepcopy(value)
-
-
-def _plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What schedulers and users change in a group; not the guard's own storage formats."""
-    own = ("params", "names", "param_names", "weight", "update_rounding", "moment_m", "moment_v")
-    return {key: copy.deepcopy(value) for key, value in group.items() if key not in own}
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    """A copy; from a GPU into pinned memory, in the order of its stream."""
-    if tensor.device.type != "cuda":
-        return tensor.detach().to("cpu", copy=True)
-    copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return copied.copy_(tensor.detach(), non_blocking=True)
-
-
-def _norms(gradients: list[Tensor]) -> Tensor:
-    """The norm of each gradient, fp64, from sums in fp32 or better."""
-    narrow = any(g.dtype in (torch.bfloat16, torch.float16) for g in gradients)
-    dtype = torch.float32 if narrow else None
-    each = torch._foreach_norm(gradients, 2, dtype)  # pyright: ignore
-    return torch.stack(list(each)).double()
-
-
-def _gathered(names: list[str]) -> Iterable[list[str]]:
-    """`names` of every process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [names]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, names)
-    return parts

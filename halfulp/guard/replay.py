@@ -1,14 +1,17 @@
 """What two passes over the same batch have to do with each other, for any training loop."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from halfulp.guard.calls import put_scales, scales_of
 from halfulp.guard.host import Pass
 from halfulp.guard.units import Units
+from halfulp.quantization import Quantized
 
 
 def compared(
@@ -62,3 +65,26 @@ def differing(runs: Iterable[dict[str, Tensor]]) -> list[str]:
     """The modules whose outputs are not the same bits in two passes, in the order of the first."""
     first, second = runs
     return [name for name, value in first.items() if not torch.equal(value, second[name])]
+
+
+@contextmanager
+def untouched(model: nn.Module, handle: Quantized | None) -> Iterator[None]:
+    """Gradients, scales, counters and buffers are as before after it; inside, nothing counts."""
+    parameters = list(model.parameters())
+    gradients = [p.grad for p in parameters]
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    scales, counting = scales_of(handle), handle is not None and handle.clock.counting
+    for p in parameters:
+        p.grad = None
+    if handle is not None:
+        handle.count(False)
+    try:
+        yield
+    finally:
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        if handle is not None:
+            put_scales(handle, scales)
+            handle.count(counting)

@@ -1,6 +1,6 @@
 """Snapshots of a run in memory: which are kept, which may be rolled back to, and what they need."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,17 @@ class Ring:
     def forget_after(self, step: int) -> None:
         """Drop what lies after `step`: the run has gone back there."""
         self.snapshots = [s for s in self.snapshots if s.step <= step]
+
+    def state(self) -> list[dict[str, Any]]:
+        """All snapshots as plain values and tensors."""
+        return [
+            {"step": s.step, "tensors": dict(s.tensors), "facts": dict(s.facts), "good": s.good}
+            for s in self.snapshots
+        ]
+
+    def load(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """The inverse of `state`."""
+        self.snapshots = [Snapshot(r["step"], r["tensors"], r["facts"], r["good"]) for r in rows]
 
     @property
     def most(self) -> int:

@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from halfulp.blocks import BlockMap
 
 
@@ -44,3 +47,19 @@ def _name(members: tuple[str, ...]) -> str:
     """ "layers.0.qk", "layers.0.vo" → "layers.0.qk+vo"."""
     first, *others = members
     return "+".join([first, *(other.rpartition(".")[2] for other in others)])
+
+
+class UnitSums:
+    """Adds values of parameters up by unit; keeps the index of the last ones on their device."""
+
+    def __init__(self, units: Units) -> None:
+        self.units = units
+        self._index: tuple[list[str], Tensor] | None = None
+
+    def add(self, names: list[str], values: Tensor) -> Tensor:
+        """Sums [units], fp64, of `values`, one of each of the parameters `names`."""
+        if self._index is None or self._index[0] != names:
+            places = [self.units.names.index(self.units.parameters[name]) for name in names]
+            self._index = names, torch.tensor(places, device=values.device)
+        sums = torch.zeros(len(self.units.names), dtype=torch.float64, device=values.device)
+        return sums.index_add_(0, self._index[1], values)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from halfulp.errors import ConfigError
 from halfulp.optim.adamw import update_of
+from halfulp.processes import local
 from halfulp.train.blockwise import DRAWS, MOST_MOVED, Blockwise
-from halfulp.train.parallel import local
 from halfulp.train.session import Session
 from halfulp.train.sharpness import measure_gnb
 from halfulp.train.step import Outcome

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from halfulp.blocks import block_map
@@ -19,10 +18,11 @@ from halfulp.guard.ladder import Ladder
 from halfulp.guard.numeric import YOUNG, Numeric
 from halfulp.guard.readings import Reading, readings_of
 from halfulp.guard.ring import Ring, Snapshot, check_memory
+from halfulp.guard.units import UnitSums
+from halfulp.processes import local
 from halfulp.train.counters import shares
 from halfulp.train.guard_host import SessionHost
 from halfulp.train.looks import Looks
-from halfulp.train.parallel import local
 from halfulp.train.schedule import warmup_steps
 from halfulp.train.session import Session
 from halfulp.train.state import check_replicas
@@ -59,7 +59,7 @@ class SessionGuard:
         self._logits: list[float] = []  # logarithms of their sharpness, oldest first
         self._pending: list[Reading] = []
         self._expected: tuple[int, Pass | None] = 0, None  # step, and what it must give
-        self._index: tuple[list[str], Tensor] | None = None
+        self._unit_sums = UnitSums(self.host.units)
 
     def begin(self) -> None:
         """Before the first step: take the first snapshot."""
@@ -179,12 +179,8 @@ class SessionGuard:
         self, named: Iterable[tuple[str, Tensor]], squares: Tensor
     ) -> tuple[tuple[str, ...], Tensor]:
         """The units, and the sum of `squares` (one per gradient) of each."""
-        names, units = [name for name, _ in named], self.host.units
-        if self._index is None or self._index[0] != names:
-            places = [units.names.index(units.parameters[name]) for name in names]
-            self._index = names, torch.tensor(places, device=squares.device)
-        sums = torch.zeros(len(units.names), dtype=torch.float64, device=squares.device)
-        return units.names, sums.index_add_(0, self._index[1], squares)
+        names = [name for name, _ in named]
+        return self.host.units.names, self._unit_sums.add(names, squares)
 
     def state(self) -> dict[str, Any]:
         """Everything but `tensors`, as plain values."""

@@ -1,20 +1,20 @@
 """A training session as the guard sees it: how it looks again, goes back, changes precision."""
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfulp.guard.host import ALL, Pass
-from halfulp.guard.replay import compared, differing, outputs
+from halfulp.guard.replay import compared, differing, outputs, untouched
 from halfulp.guard.ring import Snapshot
 from halfulp.guard.units import Units
 from halfulp.policy import Policy
+from halfulp.processes import local
 from halfulp.site import histories
 from halfulp.train import nonfinite
-from halfulp.train.parallel import local
 from halfulp.train.session import Session
 from halfulp.train.state import model_tensors, optimizer_tensors
 from halfulp.train.step import (
@@ -134,27 +134,8 @@ class SessionHost:
         names = units.names if tuple(off) == ALL else off
         return {block for name in names for block in units.blocks[name]}
 
-    @contextmanager
-    def _untouched(self) -> Iterator[None]:
-        """Gradients, scale histories, counters and buffers are afterwards as before."""
-        s = self.session
-        handle, parameters = s.precision.handle, list(s.model.parameters())
-        gradients = [p.grad for p in parameters]
-        seen = {name: h.seen for name, (h, _) in histories(handle.sites).items()}
-        buffers = {name: b.clone() for name, b in s.model.named_buffers()}
-        counting, handle.clock.counting = handle.clock.counting, False
-        for p in parameters:
-            p.grad = None
-        try:
-            yield
-        finally:
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.grad = gradient
-            for name, (history, _) in histories(handle.sites).items():
-                history.seen = seen.get(name)
-            for name, buffer in s.model.named_buffers():
-                buffer.copy_(buffers[name])
-            handle.clock.counting = counting
+    def _untouched(self) -> AbstractContextManager[None]:
+        return untouched(self.session.model, self.session.precision.handle)
 
     def _named_gradients(self) -> list[tuple[str, Tensor]]:
         named = self.session.model.named_parameters()

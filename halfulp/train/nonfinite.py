@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from halfulp.blocks import block_type, layer_of
-from halfulp.train.parallel import World, local
+from halfulp.block_names import block_type, layer_of
+from halfulp.processes import local
+from halfulp.train.parallel import World
 
 # The backward pass reaches the blocks of a layer in this order.
 _WITHIN = ("ffn", "vo", "qk", "norm")

@@ -140,11 +140,6 @@ def _sum_of_bits(tensor: Tensor) -> int:
     return int(flat.view(integers[tensor.element_size()]).sum(dtype=torch.int64))
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, sharing its memory; other tensors as they are."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one, on every process (a collective call)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

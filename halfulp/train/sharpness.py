@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from halfulp.pieces import Piece
+from halfulp.processes import local
 from halfulp.sharpness.first_order import sampled_labels
 from halfulp.sharpness.logits import LogitsState, logits_sums, state_of
 from halfulp.sharpness.report import SharpnessReport
 from halfulp.train.model import random_state
-from halfulp.train.parallel import local, synchronized, whole
+from halfulp.train.parallel import synchronized, whole
 from halfulp.train.session import Session
 from halfulp.train.step import batch_of, key_of
 

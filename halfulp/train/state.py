@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from halfulp.errors import NonFiniteError, RunError, StoppedError
+from halfulp.processes import local
 from halfulp.train.checkpoint import Checkpoint
-from halfulp.train.parallel import differing, local, part_of, sharded_like, whole
+from halfulp.train.parallel import differing, part_of, sharded_like, whole
 from halfulp.train.precision import digest_of
 from halfulp.train.session import Session
 

@@ -14,12 +14,13 @@ from halfulp.guard.detect import Trigger
 from halfulp.guard.host import Pass
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.random import Key
+from halfulp.processes import local
 from halfulp.train import nonfinite
 from halfulp.train.blockwise import squares_by_type
 from halfulp.train.checkpoint import path_of
 from halfulp.train.model import next_token_loss, random_state
 from halfulp.train.nonfinite import Place
-from halfulp.train.parallel import local, settle, synchronized
+from halfulp.train.parallel import settle, synchronized
 from halfulp.train.schedule import lr_at
 from halfulp.train.session import Session
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import halfulp
-from halfulp.guard import detect, loop
+from halfulp.guard import detect, loop, withheld
 from halfulp.guard.calls import loss_in
 
 ROWS, LENGTH, VOCAB = 4, 16, 64
@@ -18,7 +18,7 @@ ROWS, LENGTH, VOCAB = 4, 16, 64
 def act_early(monkeypatch: Any) -> None:
     """Windows are active after 24 steps, numeric rules after 2, so that tests are short."""
     monkeypatch.setattr(detect, "ACTIVE", 24)
-    monkeypatch.setattr(loop, "ACTIVE", 24)
+    monkeypatch.setattr(withheld, "ACTIVE", 24)
     monkeypatch.setattr(loop, "YOUNG", 2)
 
 
