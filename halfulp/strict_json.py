@@ -62,6 +62,15 @@ def _plain(value: Any) -> Any:
     )
 
 
+def with_nulls(value: Any) -> Any:
+    """`value` with None for every number that JSON does not have; tuples become lists."""
+    if isinstance(value, Mapping):
+        return {str(key): with_nulls(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replace `path` in one step: a reader sees the old text or the new one, never a part."""
     waiting = path.with_name(f"{path.name}.part")

@@ -31,6 +31,7 @@ from halfulp.numerics.random import Key
 from halfulp.numerics.statistics import quantizer_statistics
 from halfulp.policy import load_recipe
 from halfulp.quantization import Quantized, quantize, unquantize
+from halfulp.quantized_modules import attach
 from halfulp.site import Clock, Site
 
 FORMATS = ("bf16", "fp16", "e4m3", "e5m2/e4m3", "mxfp8")
@@ -152,7 +153,7 @@ def _attach(handle: Quantized, watch: "_Watch", attention: bool) -> dict[str, st
             continue
         site = _Observer(gemm.name, gemm.block, spec, 0, handle.clock, watch=watch)
         try:
-            handle._attach(gemm.module, gemm.role, site)
+            attach(handle.model, gemm.module, gemm.role, site)
         except PolicyError:
             skipped[gemm.name] = "its module does not use transformers' attention interface"
             continue

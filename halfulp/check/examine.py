@@ -11,35 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from halfulp.batch import Batch, run
-from halfulp.blocks import block_map
+from halfulp.blocks import BlockMap, block_map
 from halfulp.check import measure as runs
-from halfulp.check.backward import GemmError, gemm_errors
-from halfulp.check.detect import (
-    detect,
-    guard,
-    half_precision,
-)
+from halfulp.check.backward import gemm_errors
+from halfulp.check.detect import detect, guard, half_precision
+from halfulp.check.goal import goal_of
 from halfulp.check.groups import gemm_groups
 from halfulp.check.judge import (
     Asked,
     Progress,
     judge_plan,
-    judge_policy,
-    judge_program,
     judge_uniform,
     routes_attention,
     token_ids,
-    traced,
     verdict_of,
 )
 from halfulp.check.kernels import check_kernels
 from halfulp.check.plan import lowest_safe
-from halfulp.check.prices import price
-from halfulp.check.profile import DepthProfile, profile_depth
+from halfulp.check.prices import Prices, price
+from halfulp.check.profile import profile_depth
 from halfulp.check.reference import Reference, distance
 from halfulp.check.report import CheckReport, Row
 from halfulp.check.setup import kept_positions, prepare
-from halfulp.check.survey import first_difference, fp32_copy, survey
+from halfulp.check.survey import Survey, first_difference, fp32_copy, survey
 from halfulp.check.tables import (
     confidence,
     costliest,
@@ -48,9 +42,8 @@ from halfulp.check.tables import (
     heat,
     keep_exact,
 )
-from halfulp.check.targets import PolicyTarget, is_program, load_target
-from halfulp.check.trace import trace
-from halfulp.check.updates import UpdateSheet, update_sheet
+from halfulp.check.targets import PolicyTarget
+from halfulp.check.updates import update_sheet
 from halfulp.errors import CheckError, ConfigError
 from halfulp.policy import Policy
 
@@ -93,16 +86,7 @@ def check(
     policy that does not fit.
     """
     _check_options(model, formats, budget, probes, rows, seed, attention)
-    notes: list[str] = []
-    if (dtype := half_precision(model)) is not None:
-        name = str(dtype).removeprefix("torch.")
-        notes.append(
-            f"The checkpoint is {name}: the reference is an fp32 copy of it, so that its weights "
-            f"cost nothing in {name}."
-        )
-        model = fp32_copy(model)
-    if model.training:
-        notes.append("The model was in train mode; it is judged in eval mode, without dropout.")
+    model, notes = _made_ready(model)
     asked = Asked(
         model=model, batch=batch, held_out=held_out, formats=tuple(formats), budget=budget,
         hints=hints, attention=attention, say=progress or (lambda _: None),
@@ -133,6 +117,21 @@ def check(
         seconds=seconds,
         forwards=seconds / _forward_seconds(asked),
     )
+
+
+def _made_ready(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The model to judge, and what the reader has to know about it."""
+    notes: list[str] = []
+    if (dtype := half_precision(model)) is not None:
+        name = str(dtype).removeprefix("torch.")
+        notes.append(
+            f"The checkpoint is {name}: the reference is an fp32 copy of it, so that its weights "
+            f"cost nothing in {name}."
+        )
+        model = fp32_copy(model)
+    if model.training:
+        notes.append("The model was in train mode; it is judged in eval mode, without dropout.")
+    return model, notes
 
 
 def _check_options(
@@ -173,67 +172,69 @@ def _judge(
     asked.say("survey")
     seen = survey(model, batch, hints=hints, attention=asked.attention)
     blocks = block_map(model, hints)
-    name = "" if target is None else str(getattr(target, "name", target))
-    program = isinstance(target, str) and is_program(target)
-    policy = None if target is None or program else load_target(model, target, blocks)
-    asked.say("pricing")
-    bf16 = trace(model, batch, "bf16", hints=hints, attention=asked.attention)
-    ran = traced(asked, str(target), bf16) if program else None
-    rounded = bf16.names | (ran.names if ran else frozenset())
-    if policy is not None:
-        rounded |= {f"weight:{module}.{p}" for module in policy.tables for p in ("weight", "bias")}
-        rounded |= {f"weight:{name}" for name in policy.weights}
-    more = policy.words if policy else (ran.format,) if ran else ()
-    words = tuple(dict.fromkeys([*asked.formats, *more]))
+    goal = goal_of(asked, target, blocks)
     prices = price(
-        model, batch, formats=words, families=("operand",), sites=rounded, probes=probes,
-        rows=rows, seed=seed, hints=hints, attention=asked.attention,
+        model, batch, formats=tuple(dict.fromkeys([*asked.formats, *goal.words])),
+        families=("operand",), sites=goal.rounded, probes=probes, rows=rows, seed=seed, hints=hints,
+        attention=asked.attention,
     )  # fmt: skip
     ref = prices.reference
     _check_reproducible(asked, ref)
-    stored = [s.name for s in prices.sites if s.family == "stored" and s.name in bf16.names]
+    stored = [s.name for s in prices.sites if s.family == "stored" and s.name in goal.bf16.names]
     operands = [s.name for s in prices.sites if s.family == "operand"]
-    uniform = tuple(judge_uniform(asked, prices, stored, word, "stored") for word in asked.formats)
-    narrow = tuple(
-        judge_uniform(asked, prices, operands, word, "operands") for word in asked.formats
-    )
-    row = None
-    if ran is not None:
-        row = judge_program(asked, prices, ran)
-    elif policy is not None:
-        row = judge_policy(asked, prices, policy, name)
-    groups = tuple(
-        g
-        for g in gemm_groups(prices, blocks)
-        if not g.role.startswith("attn_") or routes_attention(model, blocks)
-    )
-    asked.say("plan")
-    planned = judge_plan(asked, ref, groups, blocks, hardware, pins)
-    focus = _focus(asked, uniform, name)
-    guards = guard(model, seen, targets=(str(target),) if program else (), length=_length(batch))
+    uniform = _in_each_format(asked, prices, stored, "stored")
+    narrow = _in_each_format(asked, prices, operands, "operands")
+    row = goal.judge(asked, prices)
+    plan = _planned(asked, prices, blocks, hardware, pins)
+    guards = guard(model, seen, targets=goal.programs, length=_length(batch))
     return {
         "tokens": ref.tokens,
         "loss_nats": _loss(ref, batch),
         "entropy_nats": ref.entropy,
         "median_margin": ref.median_margin,
-        "target": name,
-        "verdict": verdict_of(asked, prices, row, planned[1]),
+        "target": goal.name,
+        "verdict": verdict_of(asked, prices, row, plan["plan"]),
         "uniform": uniform,
         "operands": narrow,
         "asked": row,
-        "focus": focus,
-        "sites": costliest(prices, stored, focus, seen, formats=asked.formats, budget=asked.budget),
-        "heat": heat(prices, stored, asked.formats),
-        "confidence": confidence(prices, stored, asked.formats),
-        "lowest_safe": lowest_safe(
-            groups, asked.budget, formats=asked.formats, pins=pins, hardware=hardware
-        ),
-        "plan": planned[1],
-        "what_if": planned[0].what_if,
-        "keep": keep_exact(prices, stored, focus),
-        "every_site": details(prices, asked.formats, seen),
-        "notes": _notes(asked, policy),
+        **_tables(asked, prices, seen, stored, _focus(asked, uniform, goal.name)),
+        **plan,
+        "notes": _notes(asked, goal.policy),
         "findings": (*guards, *findings_of(detect(prices), {*stored, *operands}, asked.formats)),
+    }
+
+
+def _in_each_format(
+    asked: Asked, prices: Prices, names: Sequence[str], what: str
+) -> tuple[Row, ...]:
+    return tuple(judge_uniform(asked, prices, names, word, what) for word in asked.formats)
+
+
+def _planned(
+    asked: Asked, prices: Prices, blocks: BlockMap, hardware: str, pins: Mapping[str, str]
+) -> dict[str, Any]:
+    """The plan and what it could be otherwise: fields of CheckReport."""
+    routed = routes_attention(asked.model, blocks)
+    found = gemm_groups(prices, blocks)
+    groups = tuple(g for g in found if routed or not g.role.startswith("attn_"))
+    asked.say("plan")
+    plan, row = judge_plan(asked, prices.reference, groups, blocks, hardware, pins)
+    lowest = lowest_safe(groups, asked.budget, formats=asked.formats, pins=pins, hardware=hardware)
+    return {"plan": row, "what_if": plan.what_if, "lowest_safe": lowest}
+
+
+def _tables(
+    asked: Asked, prices: Prices, seen: Survey, stored: Sequence[str], focus: str
+) -> dict[str, Any]:
+    """The prices, arranged for the reader: fields of CheckReport."""
+    formats = asked.formats
+    return {
+        "focus": focus,
+        "sites": costliest(prices, stored, focus, seen, formats=formats, budget=asked.budget),
+        "heat": heat(prices, stored, formats),
+        "confidence": confidence(prices, stored, formats),
+        "keep": keep_exact(prices, stored, focus),
+        "every_site": details(prices, formats, seen),
     }
 
 
@@ -298,41 +299,43 @@ def _focus(asked: Asked, uniform: Sequence[Row], target: str) -> str:
 
 
 def _around(asked: Asked, lr: float | None, profile: bool) -> dict[str, Any]:
-    """Depth profile, backward GEMMs and the optimizer's step."""
-    found: dict[str, DepthProfile | UpdateSheet | tuple[GemmError, ...]] = {}
+    """Depth profile, backward GEMMs and the optimizer's step: fields of CheckReport."""
+    found: dict[str, Any] = {}
     ids = token_ids(asked.batch)
     if profile and ids is not None and asked.attention == "eager":
         asked.say("depth profile")
         with prepare(asked.model):
             found["profile"] = profile_depth(asked.model, ids, hints=asked.hints)
-    if lr is not None:
-        if ids is None:
-            raise CheckError(
-                "backward and update prices need token ids [B, T] as the batch (or input_ids in "
-                "it), to make a next-token loss. Give them, or leave lr out."
-            )
-        if not any(p.requires_grad for p in asked.model.parameters()):
-            raise CheckError(
-                "no parameter requires a gradient, so that there is no update to price. Call "
-                "model.requires_grad_() or leave lr out."
-            )
-        keep = kept_positions(asked.batch, ids[..., None].expand(*ids.shape, 2))
-        labels = ids[:, 1:] if keep is None else ids[:, 1:].masked_fill(~keep[:, 1:], -100)
-        asked.say("backward GEMMs")
-        with prepare(asked.model):
+    return found if lr is None else found | _training(asked, lr)
 
-            def loss() -> Tensor:
-                logits = run(asked.model, asked.batch)[:, :-1]
-                return nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
 
-            formats = tuple(dict.fromkeys([*asked.formats, "e5m2/e4m3"]))
-            errors = gemm_errors(
-                asked.model, loss, formats=formats, which=("dgrad", "wgrad"), hints=asked.hints
-            )
-            found["backward"] = errors.rows
-            asked.say("optimizer step")
-            found["updates"] = update_sheet(asked.model, loss, lr=lr, hints=asked.hints)
-    return found
+def _training(asked: Asked, lr: float) -> dict[str, Any]:
+    """What rounding does to the backward pass and to the step after it."""
+    ids, model = token_ids(asked.batch), asked.model
+    if ids is None:
+        raise CheckError(
+            "backward and update prices need token ids [B, T] as the batch (or input_ids in "
+            "it), to make a next-token loss. Give them, or leave lr out."
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise CheckError(
+            "no parameter requires a gradient, so that there is no update to price. Call "
+            "model.requires_grad_() or leave lr out."
+        )
+    keep = kept_positions(asked.batch, ids[..., None].expand(*ids.shape, 2))
+    labels = ids[:, 1:] if keep is None else ids[:, 1:].masked_fill(~keep[:, 1:], -100)
+
+    def loss() -> Tensor:
+        logits = run(model, asked.batch)[:, :-1]
+        return nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+
+    formats, which = tuple(dict.fromkeys([*asked.formats, "e5m2/e4m3"])), ("dgrad", "wgrad")
+    asked.say("backward GEMMs")
+    with prepare(model):
+        errors = gemm_errors(model, loss, formats=formats, which=which, hints=asked.hints)
+        asked.say("optimizer step")
+        updates = update_sheet(model, loss, lr=lr, hints=asked.hints)
+    return {"backward": errors.rows, "updates": updates}
 
 
 def _length(batch: Batch) -> int:

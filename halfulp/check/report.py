@@ -15,6 +15,7 @@ from halfulp.check.plan import Excluded, LowestSafe, WhatIf
 from halfulp.check.profile import DepthProfile
 from halfulp.check.updates import UpdateSheet
 from halfulp.errors import ConfigError
+from halfulp.strict_json import with_nulls
 
 SCHEMA = 1
 GRADES = (
@@ -199,7 +200,7 @@ class CheckReport:
             "asked": self.asked and _row(self.asked),
             "updates": self.updates and _updates(self.updates),
         }
-        return _finite(content)
+        return with_nulls(content)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
@@ -229,11 +230,3 @@ def _updates(sheet: UpdateSheet) -> dict[str, Any]:
         "moments": [dataclasses.asdict(row) for row in sheet.moments],
         "floors": [dataclasses.asdict(row) for row in sheet.floors],
     }
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

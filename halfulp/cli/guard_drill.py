@@ -2,9 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +11,7 @@ from halfulp.cli.common import check_outputs, overrides_of, quiet_transformers, 
 from halfulp.cli.output_options import Figures
 from halfulp.cli.show import print_table
 from halfulp.cli.train_options import Preset, RecipeName, Seed, Sources
+from halfulp.strict_json import with_nulls
 
 if TYPE_CHECKING:
     from halfulp.train.drill import Drilled, DrillReport
@@ -70,7 +70,7 @@ def drill(
             on_event=progress.event,
         )  # fmt: skip
     if json_ is not None:
-        json_.write_text(json.dumps(_plain(report.to_dict()), indent=1), encoding="utf-8")
+        json_.write_text(json.dumps(with_nulls(report.to_dict()), indent=1), encoding="utf-8")
     _show(report)
     if not report.passed:
         raise typer.Exit(1)
@@ -107,12 +107,3 @@ def _cells(row: "Drilled") -> tuple[str, ...]:
         row.fault, noticed, row.trigger, row.verdict, units, margin, row.action, gap,
         f"{cost:.0f} steps", verdict,
     )  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    """With numbers that JSON does not have as null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -349,8 +349,6 @@ class Guard:
         self.rewound = incident.action == BACK and host.rewinds
         return incident
 
-    # Numeric rules.
-
     def _look(self, step: int) -> None:
         """Numeric rules on what the quantizers and a halfulp.AdamW have counted."""
         if self._counts is None or step < YOUNG:
