@@ -193,7 +193,7 @@ def test_torchrun_trains_with_two_processes(tmp_path, text):
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished after 4 steps, 512 tokens") == 1

@@ -24,7 +24,7 @@ def together(mode: str, fault: str, folder: Path) -> list[dict]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(100)
+        process.join(600)
         if process.is_alive():
             process.kill()
     assert [process.exitcode for process in processes] == [0, 0]

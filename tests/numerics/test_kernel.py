@@ -130,7 +130,7 @@ def test_concurrent_builds_leave_one_library(tmp_path):
         subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE)
         for _ in range(4)
     ]
-    printed = {rank.communicate(timeout=120)[0].decode().strip() for rank in ranks}
+    printed = {rank.communicate(timeout=600)[0].decode().strip() for rank in ranks}
     assert [rank.returncode for rank in ranks] == [0] * 4
     assert printed == {str(path) for path in cache.iterdir()}
     assert len(printed) == 1

@@ -65,7 +65,7 @@ def open_page(page: Path, *options: str, width: int = 1280, height: int = 2400) 
             ],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=True,
         )
     return done.stdout, done.stderr

@@ -166,7 +166,7 @@ def _pages(page: Path) -> int:
         options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}")
         target = (f"--print-to-pdf={pdf}", page.resolve().as_uri())
         subprocess.run(
-            [browser.find(), *options, *target], check=True, capture_output=True, timeout=60
+            [browser.find(), *options, *target], check=True, capture_output=True, timeout=300
         )
     content = pdf.read_bytes()
     assert re.search(rb"/MediaBox \[0 0 59\d\.\d+ 84\d\.\d+\]", content), "not A4"
