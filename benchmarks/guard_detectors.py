@@ -212,7 +212,7 @@ class Gnmr:
     """The gradient norm of some unit is more than `threshold` times its mean so far.
 
     GNMR, arXiv:2606.00539: a unit's gradient norm over its historical mean. Only the abstract was
-    at hand; thresholds, history and the rest are this project's reading (specs/stability.md §4.1):
+    at hand; thresholds, history and the rest are this project's reading:
 
     * The mean is over all finite values before this one; silent until there are `warmup` of them.
     * From then on a norm that is not finite is an alarm; it never enters the mean.

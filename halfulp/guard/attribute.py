@@ -1,8 +1,8 @@
 """Who is to blame: the withheld batch again, in the same and in the reference arithmetic.
 
-specs/stability.md §4.2. Another result from the same batch is the hardware; a reference pass that
-is as bad is the data, or where fresh data is as bad too, the state; the rest is precision, and
-switching one unit at a time to fp32 tells which.
+Another result from the same batch is the hardware; a reference pass that is as bad is the data, or
+where fresh data is as bad too, the state; the rest is precision, and switching one unit at a time
+to fp32 tells which.
 """
 
 import math

@@ -1,9 +1,9 @@
 """Spikes, slow worsening and divergence in the loss and the gradient norm of each step.
 
-A function of what the steps report, which is the same on every process; no random numbers. The
-rules and their numbers are those of specs/stability.md §4.3 but for two. Gradient norms of healthy
-runs have heavy tails, so a norm that is an outlier is a spike only beside a raised loss. And
-weights are watched themselves: their norms move slowly, whatever the optimizer does.
+A function of what the steps report, which is the same on every process; no random numbers.
+Gradient norms of healthy runs have heavy tails, so a norm that is an outlier is a spike only beside
+a raised loss. And weights are watched themselves: their norms move slowly, whatever the optimizer
+does.
 """
 
 import math

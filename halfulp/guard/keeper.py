@@ -1,7 +1,7 @@
 """The guard itself: from a trigger to a verdict, an answer and its cost, for any training loop.
 
-Detector and numeric rules say that something is wrong, attribution says who, and the ladder of
-answers of specs/stability.md §4.3 says what to do:
+Detector and numeric rules say that something is wrong, attribution says who, and a ladder of
+answers what to do:
 
 0. raise the guilty unit one rung;
 1. withhold the update, and skip the batch or repeat it;

@@ -1,7 +1,7 @@
 """The ladder of recipes: on which rung each unit stands, what comes next, and the policy of it.
 
-nvfp4 → mxfp8 → te_current → bf16_amp → fp32 (specs/stability.md §4.3). A unit starts on the recipe
-that the run's policy gives it, wherever that stands, and climbs to the first rung that is better.
+nvfp4 → mxfp8 → te_current → bf16_amp → fp32. A unit starts on the recipe that the run's policy
+gives it, wherever that stands, and climbs to the first rung that is better.
 """
 
 from collections.abc import Mapping, Sequence

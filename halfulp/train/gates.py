@@ -1,4 +1,4 @@
-"""What a drill requires of the guard after each fault: specs/stability.md §6, tests 6 to 8."""
+"""What a drill requires of the guard after each fault."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -64,7 +64,7 @@ def test_retries_under_a_guard(rng):
 
 
 def test_break_even_has_its_published_values():
-    # specs/stability.md §5: ψ = ½ and a reference that succeeds nine times in ten.
+    # ψ = ½ and a reference that succeeds nine times in ten.
     expected = {0.9: 1.0, 0.8: 1.07, 0.7: 1.15, 0.6: 1.263, 0.5: 1.42, 0.4: 1.66}
     for success, ratio in expected.items():
         r = cost.break_even_speedup(success=success, success_reference=0.9, abandoned_fraction=0.5)

@@ -13,7 +13,7 @@ from halfulp.train.config import load_config
 from halfulp.train.drill import config_of_drill, drill
 from halfulp.train.gates import Look
 
-SPEC = ("bad-batch", "weight-x8", "stale-scale")  # specs/stability.md §6: tests 8, 7 and 6
+SPEC = ("bad-batch", "weight-x8", "stale-scale")
 
 
 def toy(corpus, out, **sections):
