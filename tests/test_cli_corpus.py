@@ -352,3 +352,10 @@ def test_processes_and_a_cluster_write_what_one_process_writes(
         ray.shutdown()
     assert one.read_bytes() == two.read_bytes() == cluster.read_bytes()
     assert not load_stats(one).counts["words:8"].exact
+
+
+def test_a_shard_of_files_that_are_no_text_counts_nothing(capsys, folder, monkeypatch):
+    (folder / "a.exe").write_bytes(b"\0" * 20_000)
+    monkeypatch.setattr(counting, "SHARD_BYTES", 10_000)
+    code, out, _ = run(capsys, "stats", folder, "--words", "1", "-j", "1")
+    assert (code, "18,000 words, 60 documents" in out) == (0, True)

@@ -57,27 +57,41 @@ def count(
             counting.save()
     if progress_file is not None:
         progress_file.unlink(missing_ok=True)
-    check_left(progress.counted.notes, files)
+    check_left(progress.counted.notes, shards)
+    progress.counted.join_documents()
     return progress.counted
 
 
 def shards_of(files: Sequence[SourceFile], config: CountConfig) -> list[Shard]:
-    """Consecutive files of about SHARD_BYTES on disk; a larger JSONL file in several parts."""
+    """Consecutive files of about SHARD_BYTES on disk; each part of a larger one by itself."""
     shards, held, size = [], [], 0
-    parts = [(index, *part) for index, file in enumerate(files) for part in _parts(file)]
-    for place, (index, part, part_size) in enumerate(parts):
-        held.append((index, part))
-        size += part_size
-        if size >= SHARD_BYTES or place == len(parts) - 1:
+
+    def close() -> None:
+        nonlocal held, size
+        if held:
             shards.append(Shard(len(shards), tuple(held), config, size))
             held, size = [], 0
+
+    for index, file in enumerate(files):
+        parts = _parts(file, config)
+        for part, part_size in parts:
+            if len(parts) > 1:
+                close()
+            held.append((index, part))
+            size += part_size
+            if size >= SHARD_BYTES or len(parts) > 1:
+                close()
+    close()
     return shards
 
 
-def _parts(file: SourceFile) -> list[tuple[SourceFile, int]]:
+def _parts(file: SourceFile, config: CountConfig) -> list[tuple[SourceFile, int]]:
     """The file, or parts of it that can be read by themselves, with their sizes."""
-    size = stat_of(file.path).st_size
-    if file.kind != "jsonl" or file.path.suffix in (".gz", ".zst") or size <= 2 * SHARD_BYTES:
+    path = file.path.with_suffix(".bin") if file.path.suffix == ".idx" else file.path
+    size = stat_of(path).st_size
+    # Where a window of text begins depends on all tokens before it.
+    one = path.name.lower().endswith((".gz", ".zst")) or (file.kind == "text" and config.windows)
+    if one or size <= 2 * SHARD_BYTES:
         return [(file, size)]
     edges = [*range(0, size - SHARD_BYTES, SHARD_BYTES), size]
     return [(replace(file, begin=a, end=b), b - a) for a, b in pairwise(edges)]
@@ -183,13 +197,14 @@ def _died(shard: Shard, how: str) -> RunError:
     )
 
 
-def check_left(notes: Notes, files: Sequence[SourceFile]) -> None:
-    """NothingLeftError when every file was skipped."""
+def check_left(notes: Notes, shards: Sequence[Shard]) -> None:
+    """NothingLeftError when every file, or part of one, was skipped."""
     skipped = notes.skipped
-    if skipped and len(skipped) == len(files):
+    files = sum(len(shard.files) for shard in shards)
+    if skipped and len(skipped) == files:
         path, why = next(iter(skipped.items()))
         raise NothingLeftError(
-            f"nothing is left to count: {len(skipped)} of {len(files)} files are no text "
+            f"nothing is left to count: {len(skipped)} of {files} files are no text "
             f"({path}: {why}). Name text, JSONL, Parquet or token files, or count bytes as they "
             "are with --bytes."
         )

@@ -50,6 +50,10 @@ class Counter:
     def documents(self) -> int:
         return self._stream.documents
 
+    def go_on(self, tokens: np.ndarray, begun: int) -> None:
+        """Begin inside a document: its last tokens and how many there were, as in Stream."""
+        self._stream.go_on(tokens, begun)
+
     def update(self, tokens: np.ndarray, starts: Sequence[int] | np.ndarray = NEW_DOCUMENT) -> None:
         """Count tokens [n] (any integers); `starts` are the positions where documents begin.
 

@@ -36,6 +36,11 @@ class Family:
         self._open = 0  # symbols of the open document so far
         self._chooser = chooser(Choice(tuple(samples), tuple(samples.values()), apart))
 
+    def go_on(self, symbols: np.ndarray, begun: int) -> None:
+        """Begin inside a document: its last symbols and how many there were, as in Stream."""
+        self._stream.go_on(symbols, begun)
+        self._open = begun
+
     def feed(self, batch: Symbols) -> None:
         """Count the sequences that end in these symbols."""
         place = self._shard + self._stream.tokens

@@ -16,7 +16,7 @@ from halfulp.data.corpus import (
     stdlib_files,
     walk,
 )
-from halfulp.data.stream import blocks, open_stream
+from halfulp.data.stream import BLOCK, blocks, open_stream
 from halfulp.errors import DataError
 
 MOST_INVALID = 1e-3  # of a text's bytes
@@ -79,20 +79,32 @@ def stat_of(path: Path) -> os.stat_result:
         ) from error
 
 
-def invalid_bytes(path: Path) -> int:
-    """How many bytes of a text, decompressed, are not UTF-8.
+def bytes_of(path: Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file from `begin` to `end`, decompressed, about a megabyte at a time."""
+    with open_stream(path) as stream:
+        if begin:
+            stream.seek(begin)
+        if end is None:
+            yield from blocks(stream)
+            return
+        while begin < end and (block := stream.read(min(BLOCK, end - begin))):
+            yield block
+            begin += len(block)
+
+
+def invalid_bytes(path: Path, begin: int = 0, end: int | None = None) -> int:
+    """How many bytes of a text, or of some lines of it, are not UTF-8, decompressed.
 
     Raises NotTextError when there is a NUL byte or more than MOST_INVALID of them.
     """
     size = invalid = 0
-    with open_stream(path) as stream:
-        held = b""
-        for block in blocks(stream):
-            if b"\0" in block:
-                raise NotTextError(_nul(block if not size else b"  "))
-            size += len(block)
-            held, bad = _invalid(held + block)
-            invalid += bad
+    held = b""
+    for block in bytes_of(path, begin, end):
+        if b"\0" in block:
+            raise NotTextError(_nul(block if not begin + size else b"  "))
+        size += len(block)
+        held, bad = _invalid(held + block)
+        invalid += bad
     invalid += len(held)
     if invalid > MOST_INVALID * size:
         raise NotTextError(f"{invalid:,} of its {size:,} bytes are not UTF-8")
@@ -114,16 +126,16 @@ def _invalid(data: bytes) -> tuple[bytes, int]:
         return data[used:], len(_ESCAPED.findall(text))
 
 
-def text_blocks(path: Path) -> Iterator[str]:
-    """The text of a file; bytes that are not UTF-8 as lone surrogates, a byte order mark left out.
+def text_blocks(path: Path, begin: int = 0, end: int | None = None) -> Iterator[str]:
+    """The text of a file, or of some lines of it, without a byte order mark.
 
-    `text.encode("utf-8", "surrogateescape")` gives the bytes back.
+    Bytes that are not UTF-8 are lone surrogates: `text.encode("utf-8", "surrogateescape")` gives
+    them back.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    first = True
-    with open_stream(path) as stream:
-        for block in blocks(stream):
-            text = decoder.decode(block)
-            yield text.removeprefix("\ufeff") if first else text
-            first = False
+    first = not begin
+    for block in bytes_of(path, begin, end):
+        text = decoder.decode(block)
+        yield text.removeprefix("\ufeff") if first else text
+        first = False
     yield decoder.decode(b"", True)

@@ -67,6 +67,13 @@ class Stream:
         self._room = longest - 1
         self._context = np.empty(0, np.uint8)
         self._begun = 0  # tokens of the open document so far
+        self._is_open = False
+
+    def go_on(self, tokens: np.ndarray, begun: int) -> None:
+        """Begin inside a document, with the last of its `begun` tokens so far; none is counted."""
+        tokens = unsigned(tokens)
+        self._context = tokens[max(0, len(tokens) - self._room) :].copy()
+        self._begun, self._is_open = begun, True
 
     def blocks(
         self, tokens: np.ndarray, starts: Sequence[int] | np.ndarray, *, size: int = BLOCK
@@ -91,7 +98,7 @@ class Stream:
                 f"document starts must ascend within 0 … {count}; they run from {found[0]} to "
                 f"{found[-1]}. Give positions in this call's tokens."
             )
-        if self.documents == 0 and count and (len(found) == 0 or found[0] > 0):
+        if not self._is_open and count and (len(found) == 0 or found[0] > 0):
             raise DataError(
                 "the first tokens belong to no document. The first call must have 0 in starts."
             )
@@ -100,14 +107,15 @@ class Stream:
     def _open(self, documents: int) -> None:
         if documents:
             self.documents += documents
-            self._begun = 0
+            self._begun, self._is_open = 0, True
 
     def _block(self, fresh: np.ndarray, starts: np.ndarray) -> Block:
         dtype = np.promote_types(self._context.dtype, fresh.dtype)
         tokens = np.concatenate((self._context, fresh), dtype=dtype)
         context = len(self._context)
-        earlier = np.full(min(self.documents, 1), -self._begun, np.int64)
+        earlier = np.full(int(self._is_open), -self._begun, np.int64)
         self.documents += len(starts)
+        self._is_open = True
         self.tokens += len(fresh)
         block = Block(tokens, context, np.concatenate((earlier, starts)) + context)
         self._begun = len(tokens) - int(block.starts[-1])

@@ -13,14 +13,14 @@ from halfulp.corpus.adaptive import Sample
 from halfulp.corpus.config import CountConfig
 from halfulp.corpus.files import stat_of
 from halfulp.corpus.read import Notes
-from halfulp.corpus.scan import Counted
+from halfulp.corpus.scan import Counted, Stretch
 from halfulp.corpus.tally import Tally
 from halfulp.data.cache import key_of, replacing
 from halfulp.data.corpus import SourceFile
 from halfulp.errors import DataError
 from halfulp.numerics.kernel import cache_directory
 
-LAYOUT = 1  # part of every name; raise it when the same text would be counted otherwise
+LAYOUT = 2  # part of every name; raise it when the same text would be counted otherwise
 _ARRAYS = ("keys", "priorities", "least")
 
 
@@ -57,6 +57,7 @@ def save_progress(path: Path, progress: Progress) -> None:
         "text_bytes": counted.text_bytes,
         "empty_documents": counted.empty_documents,
         "notes": asdict(counted.notes),
+        "stretches": counted.stretches,
     }
     arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     with replacing(path) as file:
@@ -90,7 +91,12 @@ def _read(stored: dict[str, Any], config: CountConfig) -> Progress:
         parts = {part: stored[f"{number} {part}"] for part in _ARRAYS}
         tallies[name] = Tally(Sample(limit, shift, **parts), stored[f"{number} steps"])
     symbols = {int(shard): by_family for shard, by_family in facts["symbols"].items()}
+    stretches = {
+        int(file): {int(begin): Stretch(*stretch) for begin, stretch in found.items()}
+        for file, found in facts["stretches"].items()
+    }
     counted = Counted(
-        tallies, symbols, facts["text_bytes"], facts["empty_documents"], Notes(**facts["notes"])
-    )
+        tallies, symbols, facts["text_bytes"], facts["empty_documents"], Notes(**facts["notes"]),
+        stretches,
+    )  # fmt: skip
     return Progress(counted, set(facts["done"]))

@@ -8,9 +8,9 @@ from halfulp.corpus.config import CountConfig
 from halfulp.corpus.count import check_left, shards_of
 from halfulp.corpus.counter import Counter
 from halfulp.corpus.read import Notes
-from halfulp.corpus.scan import Shard
+from halfulp.corpus.scan import Shard, stream_of
 from halfulp.corpus.sketch_file import UNKNOWN, Amounts, Definition, Sketch, merge
-from halfulp.corpus.symbols import batches, tokenizer_of
+from halfulp.corpus.symbols import batches, context_of, is_stretch, tokenizer_of
 from halfulp.corpus.theta import LG_CAPACITY
 from halfulp.data.corpus import SourceFile
 from halfulp.data.token_files import read_token_file
@@ -62,7 +62,7 @@ def sketch_corpus(
         notes.merge(found.notes)
         done += task.shard.size
         tell(done, total)
-    check_left(notes, files)
+    check_left(notes, shards)
     return Sketched({name: part.sketch() for name, part in parts.items()}, notes)
 
 
@@ -74,9 +74,14 @@ def sketch_shard(task: Task) -> Sketched:
         for family, lengths in config.families().items()
     }
     text_bytes = 0
+    for _, file in task.shard.files[:1]:
+        if file.begin and is_stretch(file, config):
+            context = context_of(file, config)
+            for family, counter in counters.items():
+                counter.go_on(*context[stream_of(family)])
     for batch in batches(task.shard.files, config, notes):
         for family, counter in counters.items():
-            symbols = batch.symbols["words" if family == "words" else "tokens"]
+            symbols = batch.symbols[stream_of(family)]
             counter.update(symbols.symbols, symbols.starts)
         text_bytes += batch.text_bytes
     tokenizer = _tokenizer(task.shard)

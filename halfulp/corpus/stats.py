@@ -103,7 +103,9 @@ def stats_of(
         symbols = {s: found[stream] for s, found in counted.symbols.items() if stream in found}
         counts[name] = growth(name, tally, symbols)
     streams = {name for found in counted.symbols.values() for name in found}
-    totals = {n: sum(found[n] for found in counted.symbols.values()) for n in sorted(streams)}
+    totals = {
+        n: sum(found.get(n, 0) for found in counted.symbols.values()) for n in sorted(streams)
+    }
     return Stats(
         tuple(map(str, paths)),
         len(files),

@@ -43,11 +43,14 @@ class WordBatch:
 
 
 class Words:
-    """Pieces of documents in, words out; what a piece leaves open is carried to the next call."""
+    """Pieces of documents in, words out; what a piece leaves open is carried to the next call.
 
-    def __init__(self) -> None:
+    `goes_on`: the first piece does not begin a document.
+    """
+
+    def __init__(self, *, goes_on: bool = False) -> None:
         self._held = b""
-        self._fresh = True  # the next piece begins a document
+        self._fresh = not goes_on  # the next piece begins a document
         self._line = self._document = (0, 0)  # key and words of what is open
 
     def feed(self, pieces: Sequence[bytes], last: np.ndarray) -> WordBatch:

@@ -20,7 +20,8 @@ _NOT_LIBRARY = {
 class SourceFile:
     """One file of a corpus; `kind` is "text", "jsonl", "parquet" or "tokens".
 
-    Of a JSONL file, `begin` and `end` can name a part: the lines that begin in those bytes.
+    `begin` and `end` can name a part of a file that is not compressed: what begins in those bytes,
+    lines of text or JSONL, row groups of Parquet, documents of tokens.
     """
 
     kind: str

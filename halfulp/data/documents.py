@@ -129,7 +129,10 @@ def _lines(file: SourceFile, stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
     at = number = 0
     if file.begin:
         stream.seek(file.begin - 1)
-        at = file.begin - 1 + len(stream.readline())
+        begun = stream.readline(-1 if file.end is None else file.end - file.begin + 1)
+        if not begun.endswith(b"\n"):
+            return
+        at = file.begin - 1 + len(begun)
     try:
         for line in stream:
             if file.end is not None and at >= file.end:
@@ -175,15 +178,46 @@ def _parquet(file: SourceFile, key: str) -> Iterator[Piece]:
     try:
         with parquet.ParquetFile(file.path) as table:
             _check_column(file, pyarrow, table.schema_arrow, key)
-            for batch in table.iter_batches(batch_size=256, columns=[key]):
+            number, groups = _row_groups(table.metadata, file)
+            if not groups:
+                return
+            for batch in table.iter_batches(batch_size=256, columns=[key], row_groups=groups):
                 for value in batch.column(0).to_pylist():
                     number += 1
                     yield from _pieces(_checked(value, f"{file.path} row {number}", key))
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{file.path} is a broken or cut-off Parquet file, after row {number}: "
-            f"{str(error).splitlines()[0]} Fetch or write it again, or take it out."
-        ) from error
+        raise _broken_parquet(file, number, error) from error
+
+
+def _broken_parquet(file: SourceFile, row: int, error: BaseException) -> DataError:
+    return DataError(
+        f"{file.path} is a broken or cut-off Parquet file, after row {row}: "
+        f"{str(error).splitlines()[0]} Fetch or write it again, or take it out."
+    )
+
+
+def first_row(file: SourceFile) -> int:
+    """How many rows of a Parquet file lie before its part. DataError for a broken file."""
+    pyarrow = require("pyarrow", "data")
+    try:
+        with require("pyarrow.parquet", "data").ParquetFile(file.path) as table:
+            return _row_groups(table.metadata, file)[0]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _broken_parquet(file, 0, error) from error
+
+
+def _row_groups(metadata: Any, file: SourceFile) -> tuple[int, list[int]]:
+    """The row groups that begin in the file's part, and the rows before them."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    begins = [_first_byte(group) for group in groups]
+    end = max([0, *begins]) + 1 if file.end is None else file.end
+    rows = sum(g.num_rows for g, at in zip(groups, begins, strict=True) if at < file.begin)
+    return rows, [i for i, at in enumerate(begins) if file.begin <= at < end]
+
+
+def _first_byte(group: Any) -> int:
+    column = group.column(0)
+    return min(at for at in (column.dictionary_page_offset, column.data_page_offset) if at)
 
 
 def _check_column(file: SourceFile, pyarrow: Any, schema: Any, key: str) -> None:
