@@ -17,7 +17,7 @@ from halfulp.data.token_files import read_token_file
 from halfulp.errors import DataError, RunError
 from halfulp.tasks import run_tasks
 
-WORDS = "words 1"  # how text becomes words: see words.py
+WORDS = "words 2"  # how text becomes words: see words.py
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Text to words without a tokenizer, and to the keys of its lines and documents.
 
-A word is a run of ASCII letters, digits, underscores and bytes above 127, or one other character
-that is no white space. White space only separates. Lines and documents are sequences of words, so
-that two of them that differ in white space alone are the same.
+A word is one character of Chinese or Japanese writing, or one of ASCII that is no letter, digit,
+underscore or white space, or a run of all others. White space, of ASCII or U+3000, only separates.
+Lines and documents are sequences of words, so that two of them that differ in white space alone
+are the same.
 """
 
 import hashlib
@@ -16,12 +17,24 @@ from halfulp.corpus import murmur
 from halfulp.corpus.spans import Spans, spans
 
 LONGEST = 1 << 16  # bytes; a longer word is cut there
-_SPACE, _WORD, _SINGLE = 0, 1, 2
+_SPACE, _SINGLE, _WORD, _WIDE = range(4)
 _RUN = frozenset((string.ascii_letters + string.digits + "_").encode()) | frozenset(range(128, 256))
-_CLASSES = bytes(
-    _WORD if byte in _RUN else _SPACE if byte in string.whitespace.encode() else _SINGLE
-    for byte in range(256)
-)
+_OF_THREE, _OF_FOUR = frozenset((*range(0xE3, 0xEA), 0xEF)), frozenset((0xF0,))
+_BLANK = 0x3000
+# Punctuation, kana, ideographs; compatible ones; forms of full and half width; planes 2 and 3.
+_ONE_BY_ONE = (0x3000, 0x9FFF), (0xF900, 0xFAFF), (0xFF00, 0xFFEF), (0x20000, 0x3FFFF)
+
+
+def _class(byte: int) -> int:
+    """_WIDE for a byte that the characters of _ONE_BY_ONE begin with, and others may."""
+    if byte in _OF_THREE | _OF_FOUR:
+        return _WIDE
+    if byte in _RUN:
+        return _WORD
+    return _SPACE if byte in string.whitespace.encode() else _SINGLE
+
+
+_CLASSES = bytes(map(_class, range(256)))
 _MASKS = np.array([(1 << 8 * length) - 1 for length in range(9)], np.uint64)
 _ROUNDS = 8  # words of more than 8 · _ROUNDS bytes are hashed one by one
 
@@ -58,7 +71,10 @@ class Words:
         ended = [piece + b"\n" if end else piece for piece, end in zip(pieces, last, strict=True)]
         data = b"".join([self._held, *ended])
         edges = len(self._held) + np.cumsum([len(piece) for piece in ended])
+        whole = len(data) - _begun(data)
+        data, begun = data[:whole], data[whole:]
         starts, ends = self._hold(data, *_spans(data))
+        self._held += begun
         words = _symbols(data, starts, ends)
         cuts = np.searchsorted(starts, edges)
         newlines = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
@@ -89,10 +105,42 @@ def _spans(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Where words begin and end."""
     classes = np.frombuffer(data.translate(_CLASSES), np.uint8)
     single, run = classes == _SINGLE, np.zeros(len(data) + 2, bool)
-    run[1:-1] = classes == _WORD
-    starts = np.flatnonzero(single | (run[1:-1] & ~run[:-2]))
-    ends = np.flatnonzero(single | (run[1:-1] & ~run[2:])) + 1
+    run[1:-1] = classes >= _WORD
+    chars = [] if data.isascii() else _one_by_one(data, classes)
+    for at, size, _ in chars:
+        run[(at[:, None] + np.arange(1, size + 1)).ravel()] = False
+    first, last = single | (run[1:-1] & ~run[:-2]), single | (run[1:-1] & ~run[2:])
+    for at, size, code in chars:
+        at = at[code != _BLANK]
+        first[at] = last[at + size - 1] = True
+    starts, ends = np.flatnonzero(first), np.flatnonzero(last) + 1
     return _shortened(starts, ends) if (ends - starts > LONGEST).any() else (starts, ends)
+
+
+def _one_by_one(data: bytes, classes: np.ndarray) -> list[tuple[np.ndarray, int, np.ndarray]]:
+    """Where characters that are words of their own begin, their bytes, and their code points."""
+    octets = np.frombuffer(data + bytes(3), np.uint8)
+    wide, found = np.flatnonzero(classes == _WIDE), []
+    four = octets[wide] == 0xF0
+    for at, size, mask in ((wide[~four], 3, 0x0F), (wide[four], 4, 0x07)):
+        code, valid = (octets[at] & mask).astype(np.int32), np.ones(len(at), bool)
+        for i in range(1, size):
+            following = octets[at + i]
+            valid &= following >> 6 == 0b10
+            code = code << 6 | (following & 0x3F)
+        valid &= np.any([(code >= low) & (code <= high) for low, high in _ONE_BY_ONE], axis=0)
+        found.append((at[valid], size, code[valid]))
+    return found
+
+
+def _begun(data: bytes) -> int:
+    """How many bytes at the end may begin a character that is a word of its own."""
+    for i, byte in enumerate(data[:-4:-1], 1):
+        if byte in _OF_THREE | _OF_FOUR:
+            return i if i < (4 if byte in _OF_FOUR else 3) else 0
+        if byte >> 6 != 0b10:
+            break
+    return 0
 
 
 def _shortened(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

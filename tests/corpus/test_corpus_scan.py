@@ -17,7 +17,9 @@ from halfulp.corpus.scan import Counted, Shard, scan
 from halfulp.corpus.words import Words
 from halfulp.data.tokens import write_tokens
 
-WORD = re.compile(r"[A-Za-z0-9_\x80-\U0010ffff]+|[^\s]", re.ASCII)
+ALONE = r"[\u3001-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
+RUN = rf"(?:(?!{ALONE})[A-Za-z0-9_\x80-\u2fff\u3001-\U0010ffff])+"
+WORD = re.compile(rf"{ALONE}|{RUN}|[^\s\u3000]", re.ASCII)
 
 
 def words_of(text: str) -> tuple[str, ...]:
