@@ -51,7 +51,7 @@ def plan_run(
     html: Annotated[Path | None, typer.Option(help="Write the page there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the loss surface there, as SVG.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
-    language: Annotated[str, typer.Option(help="Of the paragraph for managers: en or ja.")] = "en",
+    language: Annotated[str, typer.Option(help="Of page, plot and paragraph: en or ja.")] = "en",
     write_config: Annotated[
         Path | None, typer.Option(help="Write the run there, for `halfulp train`.")
     ] = None,
@@ -143,7 +143,7 @@ def _write(
         if plot is not None:
             from halfulp.report.plan_plots import surface_svg
 
-            plot.write_text(surface_svg(found), encoding="utf-8")
+            plot.write_text(surface_svg(found, language), encoding="utf-8")
             print(f"plot: {plot}")
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be written: {error.strerror}.") from error

@@ -84,12 +84,12 @@ def _print_bands(
 
 def _print_emergence(facts: "Facts", parameters: float) -> None:
     from halfulp.plan.kausik import emergence
-    from halfulp.report.plan_tables import ORDER_COLUMNS, order_rows
+    from halfulp.report.plan_tables import columns, order_rows
 
     print(f"\n{facts.file}: {facts.symbols:.4g} {facts.unit}s, tokenizer {facts.tokenizer}")
     if facts.note:
         print(f"note: {facts.note}")
-    print_table(ORDER_COLUMNS, order_rows(facts.orders))
+    print_table(columns("order_columns"), order_rows(facts.orders))
     for unit in dict.fromkeys(order.unit for order in facts.orders):
         unique = {order.n: order.unique for order in facts.orders if order.unit == unit}
         for said in emergence(unique, parameters, unit=unit, tokenizer=facts.tokenizer):

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 def print_plan(plan: "Plan", facts: "Facts | None") -> None:
     """Everything but the paragraph for managers."""
-    from halfulp.report.plan_tables import plan_rows
+    from halfulp.report.plan_tables import columns, plan_rows
 
-    print_table(("what", "value"), plan_rows(plan))
+    print_table(columns("what"), plan_rows(plan))
     _print_precisions(plan)
     if facts is not None:
         _print_corpus(plan, facts)
@@ -24,10 +24,10 @@ def print_plan(plan: "Plan", facts: "Facts | None") -> None:
 
 
 def _print_precisions(plan: "Plan") -> None:
-    from halfulp.report.plan_tables import PRECISION_COLUMNS, crossing_sentence, precision_rows
+    from halfulp.report.plan_tables import columns, crossing_sentence, precision_rows
 
     print(f"\nPrecisions; chosen: {plan.chosen.precision}, {plan.why}")
-    print_table(PRECISION_COLUMNS, precision_rows(plan))
+    print_table(columns("precision_columns"), precision_rows(plan))
     for comparison in plan.comparisons:
         print(crossing_sentence(comparison))
     for why in plan.refused.values():

@@ -15,7 +15,9 @@ from halfulp.plan.optimum import Setting
 from halfulp.plan.options import Comparison, Option, Way, compare
 from halfulp.plan.precisions import PRECISIONS, precision_of
 from halfulp.plan.rates import Rates, between, deepseek, steplaw
+from halfulp.plan.said import Said, said
 from halfulp.plan.search import root_log
+from halfulp.plan.sentences import REFUSED_JAPANESE
 from halfulp.plan.shape import Shape, shape_of
 from halfulp.speedups import BF16, Speed, speed_of
 
@@ -92,7 +94,7 @@ def plan(
     spend = _spender(*budget, price, rented)
     size = spend(reference).parameters
     ways, refused = _ways(reference, precision, rented, mfu, speeds or {}, size)
-    options, out_of_reach = _spent(ways, spend, strict=precision != "auto")
+    options, out_of_reach = _spent(ways, spend, rented, strict=precision != "auto")
     refused |= out_of_reach
     ways = {name: ways[name] for name in options}
     name, why = _choose(budget[0], precision, options)
@@ -233,12 +235,19 @@ def _ways(
         except ConfigError as error:
             if precision != "auto":
                 raise
-            refused[name] = str(error)
+            why = "speed" if name in gpu.peak_tflops and name not in speeds else "units"
+            why = "peak" if isinstance(error, PlanError) else why
+            refused[name] = _left_out(why, name, gpu, str(error))
     return ways, refused
 
 
+def _left_out(why: str, precision: str, gpu: Gpu, english: str) -> Said:
+    japanese = REFUSED_JAPANESE[why].format(precision=precision, gpu=gpu.name)
+    return Said(english, japanese)
+
+
 def _spent(
-    ways: Mapping[str, Way], spend: Callable[[Way], Option], *, strict: bool
+    ways: Mapping[str, Way], spend: Callable[[Way], Option], gpu: Gpu, *, strict: bool
 ) -> tuple[dict[str, Option], dict[str, str]]:
     """What each way buys, and why some do not reach the target; `strict`: all have to."""
     options, refused = {}, {}
@@ -248,7 +257,7 @@ def _spent(
         except PlanError as error:
             if strict or name == "bf16":
                 raise
-            refused[name] = f"{name}: {error}"
+            refused[name] = _left_out("target", name, gpu, f"{name}: {error}")
     return options, refused
 
 
@@ -259,11 +268,11 @@ def _of_format(reference: Way, name: str, speed: Speed, gpu: Gpu, mfu: float) ->
 
 def _choose(kind: str, precision: str, options: Mapping[str, Option]) -> tuple[str, str]:
     if precision != "auto":
-        return precision, "as asked"
+        return precision, said("asked")
     if kind == "flops":
-        return "bf16", "at equal FLOPs no format has a lower loss; others take fewer GPU-hours"
+        return "bf16", said("why_flops")
     if kind == "target_loss_nats":
         best = min(options.values(), key=lambda o: o.gpu_hours)
-        return best.precision, "the fewest GPU-hours to this loss"
+        return best.precision, said("why_target")
     best = min(options.values(), key=lambda o: o.loss_nats)
-    return best.precision, "the least loss in this GPU time"
+    return best.precision, said("why_loss")

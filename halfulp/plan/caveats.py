@@ -7,6 +7,7 @@ from halfulp.plan.in_use import LawInUse
 from halfulp.plan.laws import load_law
 from halfulp.plan.options import Option
 from halfulp.plan.repetition import FEW_EPOCHS
+from halfulp.plan.said import Said, said
 
 _SAME_SIZE = 4.0  # factor in parameters within which a published step time is taken over
 
@@ -29,42 +30,37 @@ def _far(option: Option) -> list[str]:
     size = option.speed.parameters
     if size != size or 1 / _SAME_SIZE <= option.parameters / size <= _SAME_SIZE:
         return []
-    return [
-        f"speed of {option.precision}: published for {size:.3g} parameters, used for "
-        f"{option.parameters:.3g}"
-    ]
+    return [said("far_speed", precision=option.precision, size=size, parameters=option.parameters)]
 
 
 def notes_of(
     chosen: Option, law: LawInUse, options: Sequence[Option], price: Price | None, served: float
 ) -> tuple[str, ...]:
     """What was assumed and what limits it."""
-    notes = [f"law {law.law.name}: {law.law.source}"]
+    notes = [said("law", law=law.law.name, text=law.law.source)]
     if law.law.warning:
-        notes.append(f"law {law.law.name}: {law.law.warning}")
-    notes.append(f"band: {law.about_band}")
+        warning = Said(law.law.warning, law.law.warning_ja)
+        notes.append(said("law", law=law.law.name, text=warning))
+    notes.append(said("band", text=law.about_band))
     if chosen.epochs is not None:
         notes += _about_repetition(chosen)
-    notes += [
-        f"speed of {o.precision}: {o.speed.ratio:.3g} times BF16 "
-        f"({o.speed.low:.3g} to {o.speed.high:.3g}): {o.speed.source}"
-        for o in options
-        if o.precision != "bf16"
-    ]
+    for o in options:
+        if o.precision != "bf16":
+            range_ = {"ratio": o.speed.ratio, "low": o.speed.low, "high": o.speed.high}
+            notes.append(said("speed", precision=o.precision, source=o.speed.source, **range_))
     if any(option.penalty_nats for option in options):
         floating = load_law("floating")
-        notes.append(f"loss added by formats: {floating.source}; {floating.notes[0]}")
+        notes.append(said("formats", source=floating.source, text=floating.note()))
     if served:
-        notes.append(f"served tokens: {load_law('inference').notes[0]}")
+        notes.append(said("served", text=load_law("inference").note()))
     if price is not None:
-        notes.append(f"price: {price.usd:.3g} $/GPU-hour, {price.source}")
-    notes.append("learning rate and batch: halfway between two laws that were not fitted on yours")
-    return tuple(notes)
+        notes.append(said("price", usd=price.usd, source=price.source))
+    return (*notes, said("rates"))
 
 
-def _about_repetition(chosen: Option) -> list[str]:
+def _about_repetition(chosen: Option) -> list[Said]:
     law = load_law("muennighoff")
-    notes = [f"repeated tokens: {law.source}"]
+    notes = [said("repeated", source=law.source)]
     if chosen.epochs is not None and chosen.epochs > FEW_EPOCHS:
-        notes.append(f"more than {FEW_EPOCHS} epochs: {law.notes[0]}")
+        notes.append(said("many_epochs", epochs=FEW_EPOCHS, text=law.note()))
     return notes

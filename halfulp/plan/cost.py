@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from halfulp.errors import PlanError
 from halfulp.hardware import Gpu
+from halfulp.plan.said import said
 from halfulp.speedups import Speed
 
 SECONDS_PER_HOUR = 3600.0
@@ -58,9 +59,9 @@ def price_of(gpu: Gpu, own_usd: float | None = None) -> Price | None:
     if own_usd is not None:
         if not (math.isfinite(own_usd) and own_usd > 0):
             raise PlanError(f"a price of {own_usd:g} $/GPU-hour is impossible. Give more than 0.")
-        return Price(usd=own_usd, low_usd=own_usd, high_usd=own_usd, source="yours")
+        return Price(usd=own_usd, low_usd=own_usd, high_usd=own_usd, source=said("yours"))
     if gpu.price_usd is None:
         return None
     low, high = gpu.price_usd
-    source = f"listings of {gpu.price_date}: {gpu.price_source}"
+    source = said("listings", date=gpu.price_date, source=gpu.price_source)
     return Price(usd=gpu.price_middle_usd, low_usd=low, high_usd=high, source=source)

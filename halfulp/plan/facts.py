@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfulp.errors import DataError, PlanError
+from halfulp.plan.said import said
 
 if TYPE_CHECKING:
     from halfulp.corpus.growth import Growth
@@ -42,12 +43,7 @@ class Facts:
     @property
     def note(self) -> str:
         """What stands in for tokens, where none were counted."""
-        if self.unit == "token":
-            return ""
-        return (
-            f"{self.file} counted words and no tokens: words are taken as tokens. Count with "
-            "--tokens and --tokenizer, or give --unique-tokens"
-        )
+        return "" if self.unit == "token" else said("words_for_tokens", file=self.file)
 
 
 def read_facts(path: Path) -> Facts:
@@ -106,7 +102,7 @@ def _order(name: str, count: "Growth") -> Order | None:
 
 def _tokenizer(described: Mapping[str, Any] | None, *, token_files: bool) -> str:
     if described is None:
-        return "that of the token files" if token_files else "none: words"
+        return said("of_token_files" if token_files else "only_words")
     name = str(described.get("path") or described.get("kind"))
     digest = str(described.get("sha256") or "")
     return f"{Path(name).name} {digest[:8]}".strip()

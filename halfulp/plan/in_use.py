@@ -12,6 +12,7 @@ from halfulp.errors import PlanError
 from halfulp.plan.chinchilla import Chinchilla, chinchilla
 from halfulp.plan.laws import LOSS_KINDS, Law, law_names, load_law
 from halfulp.plan.repetition import Repetition, repetition
+from halfulp.plan.said import Said, said
 
 FEWEST_DRAWS = 100  # refits needed for the ends of a band
 BAND = 0.8
@@ -35,19 +36,13 @@ class LawInUse:
         return self.repeat.law
 
     @property
-    def about_band(self) -> str:
+    def about_band(self) -> Said:
         """How the band was made, or why there is none."""
         if not self.draws and self.law.name in law_names():
-            return f"{self.law.name}: no errors that could make a band are published"
+            return said("band_unpublished", law=self.law.name)
         if not self.draws:
-            return (
-                f"{self.law.name} holds too few resamples for the ends of a band; fit again with "
-                f"--bootstrap {FEWEST_DRAWS} or more"
-            )
-        return (
-            f"the middle {100 * BAND:.0f} % of {len(self.draws)} refits on resampled runs: the "
-            "error of the law alone, without that of a seed, of your data or of your tokenizer"
-        )
+            return said("band_few", law=self.law.name, least=FEWEST_DRAWS)
+        return said("band_made", percent=100 * BAND, draws=len(self.draws))
 
     def loss(self, n: float, d: float, unique: float) -> float:
         """Nats per token of `n` parameters after `d` tokens of which `unique` are different."""

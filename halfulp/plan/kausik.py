@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from halfulp.errors import PlanError
 from halfulp.plan.laws import load_law
+from halfulp.plan.said import Said, said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +77,14 @@ class Emergence:
         return self.parameters < self.unique
 
     @property
-    def sentence(self) -> str:
+    def sentence(self) -> Said:
         """The statement with its n and its tokenizer, as it may be printed."""
-        named = f" (tokenizer {self.tokenizer})" if self.tokenizer else ""
-        side = "more" if self.open else "no more"
-        end = "may still uncover" if self.open else "is not expected to uncover"
-        return (
-            f"n = {self.n}: the corpus holds {self.unique:.3g} distinct {self.n}-{self.unit} "
-            f"sequences{named}, {side} than the {self.parameters:.3g} parameters of the model; by "
-            f"Kausik's criterion scaling up {end} new skills"
-        )
+        named = said("emergence_named", tokenizer=self.tokenizer) if self.tokenizer else ""
+        return said(
+            "emergence", n=self.n, unique=self.unique, unit=said(self.unit), named=named,
+            side=said("more" if self.open else "no_more"), parameters=self.parameters,
+            end=said("open" if self.open else "closed"),
+        )  # fmt: skip
 
 
 def emergence(

@@ -8,6 +8,7 @@ from functools import cache
 from importlib import resources
 
 from halfulp.errors import PlanError
+from halfulp.plan.said import Said, said
 
 LOSS_KINDS = ("loss", "repetition")  # laws that a plan can be made with
 
@@ -27,23 +28,27 @@ class Law:
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # what was fitted on
     notes: tuple[str, ...] = ()
     warning: str = ""
+    notes_ja: tuple[str, ...] = ()  # of the notes that the page of a plan shows
+    warning_ja: str = ""
 
-    def outside(self, **values: float) -> tuple[str, ...]:
+    def note(self) -> Said:
+        """The first of the notes, which is for plans."""
+        return Said(self.notes[0], "".join(self.notes_ja[:1]))
+
+    def outside(self, **values: float) -> tuple[Said, ...]:
         """One sentence for each of the `values` that lies outside what the law was fitted on.
 
         `values` are named as in `ranges`: N, D, C, L or epochs; those without a range are not
         judged.
         """
-        said = []
+        found = []
         for name, value in values.items():
             low, high = self.ranges.get(name, (value, value))
             if not low <= value <= high:
-                side = f"{value / high:.3g} times above" if value > high else "below"
-                said.append(
-                    f"{self.name}: {name} = {value:.3g} is {side} what it was fitted on, "
-                    f"{low:.3g} to {high:.3g}"
-                )
-        return tuple(said)
+                where = {"value": value, "factor": value / high, "low": low, "high": high}
+                key = "above" if value > high else "below"
+                found.append(said(key, law=self.name, name=name, **where))
+        return tuple(found)
 
 
 def law_names(*kinds: str) -> tuple[str, ...]:
@@ -63,7 +68,8 @@ def load_law(name: str) -> Law:
         )
     entry = _whole(table[name])
     entry["ranges"] = {key: (low, high) for key, (low, high) in entry.get("ranges", {}).items()}
-    entry["notes"] = tuple(entry.get("notes", ()))
+    for notes in ("notes", "notes_ja"):
+        entry[notes] = tuple(entry.get(notes, ()))
     return Law(name=name, **entry)
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from halfulp.hardware import Gpu
+from halfulp.plan.said import Said, said
 
 # fp32 weights and gradients, two moments of AdamW in fp32: what `halfulp train` keeps.
 STATE_BYTES = 4 + 4 + 8
@@ -29,16 +30,13 @@ class Memory:
         return "pass" if self.gpus >= self.least_gpus else "fail"
 
     @property
-    def sentence(self) -> str:
+    def sentence(self) -> Said:
         """What is needed, in words."""
-        plural = "" if self.least_gpus == 1 else "s"
-        need = (
-            f"weights, gradients and AdamW state take {self.state_gb:.3g} GB ({STATE_BYTES} bytes "
-            f"per parameter): at least {self.least_gpus} GPU{plural} of {self.gpu_gb:g} GB, sharded"
-        )
-        if self.gpus is None:
-            return need
-        return f"{need}; {self.gpus} given"
+        need = said(
+            "memory", state=self.state_gb, bytes=STATE_BYTES, least=self.least_gpus,
+            gpus=said("gpu" if self.least_gpus == 1 else "gpus"), gpu=self.gpu_gb,
+        )  # fmt: skip
+        return need if self.gpus is None else said("memory_given", need=need, gpus=self.gpus)
 
 
 def memory_of(parameters: float, gpu: Gpu, gpus: int | None) -> Memory:

@@ -8,6 +8,7 @@ from typing import Any
 
 from halfulp.errors import PlanError
 from halfulp.plan.precisions import precision_of
+from halfulp.plan.said import said
 from halfulp.speedups import Speed
 
 
@@ -18,7 +19,9 @@ def read_speeds(text: str) -> dict[str, Speed]:
     of simulated formats are no speeds: they tell what simulating costs.
     Raises PlanError for what is no ratio, and for a speed of BF16 other than 1.
     """
-    table, source = (_read(Path(text)), text) if text.endswith(".json") else (_pairs(text), "yours")
+    table, source = (
+        (_read(Path(text)), text) if text.endswith(".json") else (_pairs(text), said("yours"))
+    )
     if float(table.get("bf16", 1)) != 1:
         raise PlanError(f"bf16={table['bf16']} is impossible: ratios are over BF16, which is 1.")
     return {name: _entry(name, value, source) for name, value in table.items() if name != "bf16"}
@@ -65,5 +68,6 @@ def _entry(name: str, value: Any, source: str) -> Speed:
             f"the speed of {name} is {ratio:g} ({low:g} to {high:g}): give a positive ratio "
             "inside its range, the step time in BF16 over that in the format."
         )
-    source = str(entry.get("source", source))
+    source = entry.get("source", source)
+    source = source if isinstance(source, str) else str(source)
     return Speed(ratio=ratio, low=low, high=high, source=source, measured=True)

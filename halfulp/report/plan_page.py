@@ -4,7 +4,8 @@ from pathlib import Path
 
 from halfulp.plan.budget import Plan
 from halfulp.plan.facts import Facts
-from halfulp.report.amounts import amount, digits
+from halfulp.plan.said import in_language
+from halfulp.report.amounts import amount, digits, dollars
 from halfulp.report.check_tables import card, folded
 from halfulp.report.document import claim, document, figure_card, save
 from halfulp.report.html import Child, Markup, join, table, tag
@@ -15,24 +16,30 @@ from halfulp.report.plan_plots import (
     surface_figure,
 )
 from halfulp.report.plan_tables import (
-    ORDER_COLUMNS,
-    PRECISION_COLUMNS,
     budget_text,
+    columns,
     corpus_sentences,
-    cost_text,
     crossing_sentence,
     order_rows,
     plan_rows,
     precision_rows,
+    price_range,
 )
-from halfulp.report.plan_words import paragraph
-from halfulp.report.words import nats
+from halfulp.report.plan_words import paragraph, words
+from halfulp.report.words import nats, sentence
 
 _STYLE = """
 p.paragraph { font-size: 17px; line-height: 1.65; max-width: 54em; margin: 0 0 22px; }
 ul.plain { margin: 0; padding-left: 1.2em; overflow-wrap: anywhere; }
 .numbers { grid-template-columns: repeat(4, 1fr); }
 @media (max-width: 720px) { .numbers { grid-template-columns: 1fr; } }
+"""
+_JAPANESE_STYLE = """
+body {
+  font-family: system-ui, -apple-system, "Hiragino Sans", "Yu Gothic UI", "Yu Gothic", Meiryo,
+    "Noto Sans CJK JP", "Noto Sans JP", "IPAPGothic", sans-serif;
+}
+th, td { word-break: keep-all; }
 """
 
 
@@ -52,127 +59,131 @@ def write_plan(
 def render_plan(
     plan: Plan, *, facts: Facts | None = None, language: str = "en", command: str = ""
 ) -> str:
-    """The whole page as HTML text; `language` is that of the paragraph for managers."""
+    """The whole page as HTML text, in English ("en") or Japanese ("ja").
+
+    Formulas, sources and names are as their authors wrote them. PlanError for another language.
+    """
     body = tag(
         "main",
         _first_screen(plan, language),
-        _plan(plan),
-        _figures(plan),
-        _precisions(plan),
-        None if facts is None else _corpus(plan, facts),
-        _caveats(plan, command),
+        _plan(plan, language),
+        _figures(plan, language),
+        _precisions(plan, language),
+        None if facts is None else _corpus(plan, facts, language),
+        _caveats(plan, command, language),
     )
-    return document(f"{budget_text(plan)}: plan", body, style=_STYLE)
+    style = _STYLE + (_JAPANESE_STYLE if language == "ja" else "")
+    title = words("page", language, budget=budget_text(plan, language))
+    return document(title, body, style=style, language=language)
 
 
 def _first_screen(plan: Plan, language: str) -> Markup:
+    text = paragraph(plan, language)  # refuses an unknown language
     o = plan.chosen
-    title = f"{amount(o.parameters)} parameters on {amount(o.tokens)} tokens in {o.precision}"
-    band = "" if o.band_nats is None else f"{nats(o.band_nats[0])} to {nats(o.band_nats[1])}"
-    numbers = [
-        (nats(o.loss_nats), "loss, nats per token", f"80 % band {band}" if band else "no band"),
-        (digits(o.gpu_hours), "GPU-hours", plan.gpu.name),
-        (_cost(plan), "cost", _price(plan)),
-        (_minus(plan), "with twice the budget", f"loss {nats(plan.doubled.loss_nats)}"),
-    ]
+    title = words("title", language, n=amount(o.parameters, language),
+                  d=amount(o.tokens, language), precision=o.precision)  # fmt: skip
     cells = [
         tag("div", tag("span", what, class_="what"), tag("strong", value), tag("span", note))
-        for value, what, note in numbers
+        for value, what, note in _numbers(plan, language)
     ]
+    budget = budget_text(plan, language)
     return join(
-        tag("p", f"Plan · {budget_text(plan)}", class_="kicker"),
+        tag("p", words("kicker", language, budget=budget), class_="kicker"),
         tag("h1", title),
-        tag("p", paragraph(plan, language), class_="paragraph", lang=language),
+        tag("p", text, class_="paragraph", lang=language),
         tag("div", *cells, class_="numbers"),
     )
 
 
-def _cost(plan: Plan) -> str:
-    return cost_text(plan.chosen).partition(" (")[0].partition(" no ")[0]
+def _numbers(plan: Plan, language: str) -> list[tuple[str, str, str]]:
+    """The four figures of the first screen: value, what it is, note."""
+    o = plan.chosen
+    band = words("n_no_band", language)
+    if o.band_nats is not None:
+        low, high = map(nats, o.band_nats)
+        band = words("n_band", language, low=low, high=high)
+    cost = "–" if o.cost_usd is None else dollars(o.cost_usd)
+    own = words("n_own_price" if plan.price else "n_no_price", language)
+    gain = f"−{nats(o.loss_nats - plan.doubled.loss_nats)}"
+    doubled = words("n_doubled_loss", language, loss=nats(plan.doubled.loss_nats))
+    return [
+        (nats(o.loss_nats), words("n_loss", language), band),
+        (digits(o.gpu_hours), words("n_hours", language), plan.gpu.name),
+        (cost, words("n_cost", language), price_range(o, language) or own),
+        (gain, words("n_doubled", language), doubled),
+    ]
 
 
-def _price(plan: Plan) -> str:
-    _, bracket, rest = cost_text(plan.chosen).partition(" (")
-    return rest.rstrip(")") if bracket else "at your price" if plan.price else "no price is listed"
+def _plan(plan: Plan, language: str) -> Markup:
+    title = words("plan", language)
+    rows: list[list[Child]] = [list(row) for row in plan_rows(plan, language)]
+    made = table(list(columns("what", language)), rows, caption=title)
+    return join(tag("h2", title), card(made, flush=True))
 
 
-def _minus(plan: Plan) -> str:
-    return f"−{nats(plan.chosen.loss_nats - plan.doubled.loss_nats)}"
-
-
-def _plan(plan: Plan) -> Markup:
-    rows: list[list[Child]] = [list(row) for row in plan_rows(plan)]
-    made = table(["what", "value"], rows, caption="The plan")
-    return join(tag("h2", "The plan"), card(made, flush=True))
-
-
-def _figures(plan: Plan) -> Markup:
-    surface = (
-        "Each line joins models of equal loss. The plan lies where the line of its compute "
-        "reaches the lowest one"
-        + (
-            ", moved toward a smaller model because it will be served."
-            if plan.served_tokens
-            else "."
-        )
-    )
-    money = f"The loss that each budget buys at best. {plan.law.about_band[:1].upper()}"
-    money += f"{plan.law.about_band[1:]}."
+def _figures(plan: Plan, language: str) -> Markup:
+    served = words("about_served", language) if plan.served_tokens else ""
+    band = str(in_language(plan.law.about_band, language))
     return join(
-        tag("h2", "Size and money"),
-        figure_card(surface_figure(plan), surface),
-        figure_card(money_figure(plan), money),
+        tag("h2", words("size", language)),
+        figure_card(
+            surface_figure(plan, language), words("about_surface", language, served=served)
+        ),
+        figure_card(
+            money_figure(plan, language), words("about_money", language, band=sentence(band))
+        ),
     )
 
 
-def _precisions(plan: Plan) -> Markup:
-    lead = (
-        "Each row spends the same budget. “Pays from” is how much faster than BF16 a step has to "
-        "be for the same loss in the same GPU time; “may add”: how many times the loss that the "
-        "law says a format adds it may really add before the gain is gone. It passes beyond the "
-        "slowest speed on record and at 2 × or more: the law rounds half of a layer's operands."
-    )
-    rows: list[list[Child]] = [list(row) for row in precision_rows(plan)]
+def _precisions(plan: Plan, language: str) -> Markup:
+    rows: list[list[Child]] = [list(row) for row in precision_rows(plan, language)]
+    heads: list[Child] = [*columns("precision_columns", language)]
     numeric = frozenset(range(3, 12))
-    made = table(list(PRECISION_COLUMNS), rows, numeric=numeric, caption="Precisions")
-    drawing = precision_figure(plan)
-    said = [tag("li", crossing_sentence(c)) for c in plan.comparisons]
-    said += [tag("li", f"left out: {why}") for why in plan.refused.values()]
+    made = table(heads, rows, numeric=numeric, caption=words("precisions", language))
+    drawing = precision_figure(plan, language)
+    said = [tag("li", crossing_sentence(c, language)) for c in plan.comparisons]
+    said += [tag("li", words("left_out", language, why=why)) for why in plan.refused.values()]
     return join(
-        tag("h2", "Precision"),
-        tag("p", lead, class_="lead"),
+        tag("h2", words("precision_head", language)),
+        tag("p", words("precision_lead", language), class_="lead"),
         card(made, flush=True),
         None if drawing is None else figure_card(drawing, tag("ul", *said, class_="plain")),
         card(tag("ul", *said, class_="plain")) if drawing is None and said else None,
     )
 
 
-def _corpus(plan: Plan, facts: Facts) -> Markup:
-    said = [tag("li", sentence) for sentence in corpus_sentences(plan, facts)]
-    rows: list[list[Child]] = [list(row) for row in order_rows(facts.orders)]
-    made = table(list(ORDER_COLUMNS), rows, numeric=frozenset({1, 2, 3}), caption="Sequences")
-    drawing = sequences_figure(facts.orders, plan.chosen.parameters)
-    caption = f"{facts.file}, tokenizer {facts.tokenizer}."
+def _corpus(plan: Plan, facts: Facts, language: str) -> Markup:
+    said = [tag("li", line) for line in corpus_sentences(plan, facts, language)]
+    rows: list[list[Child]] = [list(row) for row in order_rows(facts.orders, language)]
+    heads: list[Child] = [*columns("order_columns", language)]
+    numeric = frozenset({1, 2, 3})
+    made = table(heads, rows, numeric=numeric, caption=words("sequences", language))
+    drawing = sequences_figure(facts.orders, plan.chosen.parameters, language)
+    named = {"file": facts.file, "tokenizer": facts.tokenizer}
+    caption = words("corpus_caption", language, **named)
     return join(
-        tag("h2", "The corpus"),
+        tag("h2", words("corpus", language)),
         card(tag("ul", *said, class_="plain")),
         None if drawing is None else figure_card(drawing, caption),
         card(made, flush=True),
     )
 
 
-def _caveats(plan: Plan, command: str) -> Markup:
-    flags = [tag("li", flag) for flag in plan.flags] or [tag("li", "none")]
-    notes = [tag("li", note) for note in plan.notes]
+def _caveats(plan: Plan, command: str, language: str) -> Markup:
+    none = words("none", language)
+    flags = [tag("li", in_language(flag, language)) for flag in plan.flags or (none,)]
+    notes = [tag("li", in_language(note, language)) for note in plan.notes]
     law = plan.law.law
     symbols = ", ".join(f"{key} = {value:.6g}" for key, value in law.coefficients.items())
+    formula = words("law", language, name=law.name, formula=law.formula, symbols=symbols)
     method = [
-        tag("li", f"law {law.name}: {law.formula}, {symbols}"),
-        tag("li", "compute 6 N D; GPU-hours = compute / (BF16 peak × MFU × speed)"),
-        tag("li", tag("code", command) if command else "called from Python"),
+        tag("li", formula),
+        tag("li", words("reckoning", language)),
+        tag("li", tag("code", command) if command else words("python", language)),
     ]
+    listed = tag("ul", *notes, *method, class_="plain")
     return join(
-        tag("h2", "How far to trust it"),
-        card(tag("h3", "Used beyond what was tested"), tag("ul", *flags, class_="plain")),
-        card(folded("Sources and assumptions", tag("ul", *notes, *method, class_="plain"))),
+        tag("h2", words("trust", language)),
+        card(tag("h3", words("flags", language)), tag("ul", *flags, class_="plain")),
+        card(folded(words("sources", language), listed)),
     )

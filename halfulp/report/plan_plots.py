@@ -11,6 +11,7 @@ from halfulp.plan.facts import Order
 from halfulp.report.amounts import amount, digits, dollars
 from halfulp.report.curves import spread
 from halfulp.report.html import Markup
+from halfulp.report.plan_words import unit_of, words
 from halfulp.report.svg import INK, MUTED, SERIES, figure, render, series_style, standalone
 from halfulp.report.words import nats
 
@@ -26,26 +27,26 @@ _REACH = 30.0  # how far from the plan the axes go, as a factor
 _STEPS = 13  # budgets of the curve of loss against money
 
 
-def surface_figure(plan: Plan, name: str = "plan-surface") -> Markup:
+def surface_figure(plan: Plan, language: str = "en", name: str = "plan-surface") -> Markup:
     """Lines of equal loss over parameters and tokens, the budget's line and the plan on it."""
     with figure(WIDTH, TOP + SURFACE + BOTTOM) as drawing:
-        _surface(drawing, plan)
+        _surface(drawing, plan, language)
         o = plan.chosen
         return render(
             drawing, name,
-            f"Loss over parameters and tokens. The plan: {amount(o.parameters)} parameters, "
-            f"{amount(o.tokens)} tokens, loss {nats(o.loss_nats)}.",
+            words("f_surface_text", language, n=amount(o.parameters, language),
+                  d=amount(o.tokens, language), loss=nats(o.loss_nats)),
         )  # fmt: skip
 
 
-def surface_svg(plan: Plan) -> str:
+def surface_svg(plan: Plan, language: str = "en") -> str:
     """The same figure as the text of an SVG file."""
     with figure(WIDTH, TOP + SURFACE + BOTTOM) as drawing:
-        _surface(drawing, plan)
+        _surface(drawing, plan, language)
         return standalone(drawing)
 
 
-def _surface(drawing: "Figure", plan: Plan) -> None:
+def _surface(drawing: "Figure", plan: Plan, language: str) -> None:
     axes = _axes(drawing, SURFACE)
     n, d = _side(plan.chosen.parameters), _side(plan.chosen.tokens)
     loss = np.array([[plan.way.setting.loss(x, y) for x in n] for y in d])
@@ -57,17 +58,17 @@ def _surface(drawing: "Figure", plan: Plan) -> None:
     product = plan.chosen.flops / 6
     axes.plot(n, product / n, color=INK, lw=1.4, ls=(0, (5, 2)))
     axes.set_ylim(d[0], d[-1])
-    _fitted(axes, plan, n, d)
-    _points(axes, plan)
-    axes.set_xlabel("parameters", labelpad=4)
-    _title(axes, f"Loss in nats/token by law {plan.law.law.name}, tokens over parameters")
+    _fitted(axes, plan, n, d, language)
+    _points(axes, plan, language)
+    axes.set_xlabel(words("parameters", language), labelpad=4)
+    _title(axes, words("f_surface", language, law=plan.law.law.name))
 
 
 def _side(center: float) -> np.ndarray:
     return np.geomspace(center / _REACH, center * _REACH, _GRID)
 
 
-def _fitted(axes: "Axes", plan: Plan, n: np.ndarray, d: np.ndarray) -> None:
+def _fitted(axes: "Axes", plan: Plan, n: np.ndarray, d: np.ndarray, language: str) -> None:
     """The box of parameters and tokens that the law was fitted on."""
     ranges = plan.law.law.ranges
     if not {"N", "D"} <= ranges.keys():
@@ -78,19 +79,19 @@ def _fitted(axes: "Axes", plan: Plan, n: np.ndarray, d: np.ndarray) -> None:
     if x0 < x1 and y0 < y1:
         box = {"color": SERIES[2], "alpha": 0.10, "lw": 0}
         axes.fill_between([x0, x1], y0, y1, **box)
-        _aside(axes, 0.30, "green: where the\nlaw was fitted")
+        _aside(axes, 0.30, words("f_fitted", language))
 
 
-def _points(axes: "Axes", plan: Plan) -> None:
+def _points(axes: "Axes", plan: Plan, language: str) -> None:
     o, twice = plan.chosen, plan.doubled
     axes.plot([o.parameters], [o.tokens], "o", ms=9, color=SERIES[0])
     axes.plot([twice.parameters], [twice.tokens], "o", ms=8, mfc="none", mew=1.6, color=SERIES[0])
-    _aside(axes, 0.92, "● the plan")
-    _aside(axes, 0.82, "○ twice the budget")
-    _aside(axes, 0.62, "dashed: all pairs of\nthis compute (6 N D)")
+    _aside(axes, 0.92, words("f_plan", language))
+    _aside(axes, 0.82, words("f_doubled", language))
+    _aside(axes, 0.62, words("f_compute", language))
 
 
-def money_figure(plan: Plan, name: str = "plan-money") -> Markup:
+def money_figure(plan: Plan, language: str = "en", name: str = "plan-money") -> Markup:
     """The least loss against GPU-hours and dollars, with the band of the law."""
     hours = np.geomspace(plan.chosen.gpu_hours / _REACH, plan.chosen.gpu_hours * _REACH, _STEPS)
     options = [plan.way.option(h * plan.way.flops_per_hour) for h in hours]
@@ -101,28 +102,29 @@ def money_figure(plan: Plan, name: str = "plan-money") -> Markup:
         if len(bands) == len(options):
             low, high = zip(*bands, strict=True)
             axes.fill_between(hours, low, high, color=SERIES[1], alpha=0.18, lw=0)
-            _aside(axes, 0.70, "band: 80 % of the\nrefits of the law")
+            _aside(axes, 0.70, words("f_band", language))
         axes.plot(hours, loss, color=SERIES[1], lw=2.0)
         for option, fill in ((plan.chosen, SERIES[0]), (plan.doubled, "none")):
             axes.plot([option.gpu_hours], [option.loss_nats], "o", ms=9, mfc=fill, mew=1.6,
                       color=SERIES[0])  # fmt: skip
-        _aside(axes, 0.92, "● the plan")
-        _aside(axes, 0.82, "○ twice the budget")
+        _aside(axes, 0.92, words("f_plan", language))
+        _aside(axes, 0.82, words("f_doubled", language))
         axes.set_xscale("log")
         _hour_ticks(axes, hours[0], hours[-1], plan)
-        _title(axes, f"Least loss in nats/token for a budget, {plan.chosen.precision}")
-        return render(drawing, name, _describe_money(options))
+        _title(axes, words("f_money", language, precision=plan.chosen.precision))
+        return render(drawing, name, _describe_money(options, language))
 
 
-def _describe_money(options: Sequence[Any]) -> str:
+def _describe_money(options: Sequence[Any], language: str) -> str:
     first, last = options[0], options[-1]
-    return (
-        f"Least loss against GPU-hours: {nats(first.loss_nats)} at {digits(first.gpu_hours)}, "
-        f"{nats(last.loss_nats)} at {digits(last.gpu_hours)}."
-    )
+    hours, most = digits(first.gpu_hours), digits(last.gpu_hours)
+    ends = {"first": nats(first.loss_nats), "last": nats(last.loss_nats)}
+    return words("f_money_text", language, hours=hours, most=most, **ends)
 
 
-def precision_figure(plan: Plan, name: str = "plan-precision") -> Markup | None:
+def precision_figure(
+    plan: Plan, language: str = "en", name: str = "plan-precision"
+) -> Markup | None:
     """How much lower the loss of each format is than that of BF16 in the same GPU time."""
     if not plan.comparisons:
         return None
@@ -144,13 +146,16 @@ def precision_figure(plan: Plan, name: str = "plan-precision") -> Markup | None:
         x = [h for h, _ in plan.comparisons[0].curve]
         _hour_ticks(axes, x[0], x[-1], plan)
         _end_labels(axes, ends, colors, low, high)
-        _title(axes, "Loss of BF16 minus that of the format, same GPU time; above 0 it pays")
+        _title(axes, words("f_precision", language))
         said = [f"{c.precision} {nats(c.gain_nats, signed=True)}" for c in plan.comparisons]
-        return render(drawing, name, f"Gain over BF16 at this budget: {', '.join(said)}.")
+        return render(drawing, name, words("f_precision_text", language, gains=", ".join(said)))
 
 
 def sequences_figure(
-    orders: Sequence[Order], parameters: float, name: str = "plan-sequences"
+    orders: Sequence[Order],
+    parameters: float,
+    language: str = "en",
+    name: str = "plan-sequences",
 ) -> Markup | None:
     """Distinct n-symbol sequences against the symbols read, and the size of the model."""
     shown = [order for order in orders if len(order.curve) > 1]
@@ -165,17 +170,18 @@ def sequences_figure(
         for i, order in enumerate(shown):
             color, dash = series_style(i)
             axes.plot(*zip(*order.curve, strict=True), color=color, ls=dash)
-            label = f"n = {order.n} {order.unit}s"
+            label = words("f_order", language, n=order.n, unit=unit_of(order.unit, language))
             ends[label], colors[label] = order.curve[-1][1], color
         axes.axhline(parameters, color=INK, lw=1.2, ls=(0, (5, 2)))
-        ends["parameters"], colors["parameters"] = parameters, INK
+        label = words("parameters", language)
+        ends[label], colors[label] = parameters, INK
         _log_axes(axes, points[:, 0], np.array([low, high]))
         axes.set_ylim(low, high)
         _end_labels(axes, ends, colors, low, high, log=True)
-        axes.set_xlabel("symbols read", labelpad=4)
-        _title(axes, "Distinct sequences of n symbols, and the parameters of the plan")
-        said = ", ".join(f"n = {order.n}: {amount(order.unique)}" for order in shown)
-        return render(drawing, name, f"Distinct sequences at the end: {said}.")
+        axes.set_xlabel(words("f_read", language), labelpad=4)
+        _title(axes, words("f_sequences", language))
+        said = ", ".join(f"n = {order.n}: {amount(order.unique, language)}" for order in shown)
+        return render(drawing, name, words("f_sequences_text", language, counts=said))
 
 
 def _axes(drawing: "Figure", height: int) -> "Axes":

@@ -4,64 +4,11 @@ import math
 
 from halfulp.errors import PlanError
 from halfulp.plan.budget import Plan
+from halfulp.plan.said import in_language
+from halfulp.plan.sentences import SENTENCES
 from halfulp.report.amounts import amount, digits, dollars
+from halfulp.report.plan_texts import LANGUAGES, TEXTS
 from halfulp.report.words import nats
-
-LANGUAGES = ("en", "ja")
-
-TEXTS = {
-    "en": {
-        "buys": "{hours} GPU-hours of {gpu}{cost} train a model of {n} parameters on {d} tokens in "
-        "{precision}{days}.",
-        "cost": ", about {usd} ({low} to {high} depending on the provider),",
-        "own_cost": ", about {usd} at your price,",
-        "days": ", in about {days} days on {gpus} GPUs",
-        "loss": "The expected loss is {loss} nats per token{band}.",
-        "band": " (most likely {low} to {high}: four chances in five if your text is like the "
-        "text behind the forecast)",
-        "no_band": "; how far off that may be is not known",
-        "doubled": "Twice the budget would lower it by {gain} nats, which makes the model's "
-        "uncertainty about the next word (perplexity) {percent} smaller.",
-        "precision_pays": "By all published figures {precision} gives a lower loss than BF16 for "
-        "the same GPU time.",
-        "precision_pays_measured": "At the speed that you gave, {precision} gives a lower loss "
-        "than BF16 for the same GPU time.",
-        "precision_open": "Whether {precision} really pays is open: it has to be at least {speed} "
-        "times as fast as BF16 on your machines ({low} to {high} times is on record), and to add "
-        "less than {margin} times the loss that is forecast for it. Try both on a short run "
-        "first.",
-        "repeated": "Your text is read {epochs} times; twice as much different text would lower "
-        "the loss by {gain} nats at the same cost.",
-        "memory": "It does not fit into the memory of {gpus} GPUs: at least {least} are needed.",
-        "caution": "This plan uses {count} rules beyond the sizes they were tested on; try a "
-        "smaller run first and compare its loss with this forecast.",
-    },
-    "ja": {
-        "buys": "{gpu} を {hours} GPU時間使うと{cost}、パラメータ数 {n} のモデルを {d} トークンで、"
-        "{precision} 精度で学習できます{days}。",
-        "cost": "(約 {usd}、業者により {low}〜{high})",
-        "own_cost": "(ご指定の単価で約 {usd})",
-        "days": "(GPU {gpus} 台で約 {days} 日)",
-        "loss": "予想される損失は 1 トークンあたり {loss} ナットです{band}。",
-        "band": "(お使いの文章が予測の元になった文章と似ていれば、80 % の確率で {low}〜{high})",
-        "no_band": "(どの程度外れるかは分かりません)",
-        "doubled": "予算を 2 倍にすると損失は {gain} ナット下がり、次の単語についてのモデルの迷い"
-        "(パープレキシティ)は {percent} 小さくなります。",
-        "precision_pays": "公表されている数値によれば、同じ GPU 時間で {precision} は BF16 より低い"
-        "損失になります。",
-        "precision_pays_measured": "ご指定の速度では、同じ GPU 時間で {precision} は BF16 より低い"
-        "損失になります。",
-        "precision_open": "{precision} が本当に得かどうかはまだ分かりません。"
-        "お使いの機械で BF16 の {speed} 倍以上の速さ(報告されているのは {low}〜{high} 倍)が必要で、"
-        "精度を下げることによる損失の増加も予測の {margin} 倍未満でなければなりません。"
-        "まず短い学習で両方を確かめてください。",
-        "repeated": "手持ちの文章を {epochs} 回繰り返して読むことになります。異なる文章を 2 倍に"
-        "増やせば、同じ費用で損失が {gain} ナット下がります。",
-        "memory": "GPU {gpus} 台のメモリには収まりません。少なくとも {least} 台が必要です。",
-        "caution": "この計画は、{count} 個の経験則を検証された範囲の外で使っています。"
-        "まず小さな学習で試し、その損失をこの予測と比べてください。",
-    },
-}
 
 
 def paragraph(plan: Plan, language: str = "en") -> str:
@@ -81,6 +28,17 @@ def paragraph(plan: Plan, language: str = "en") -> str:
     if plan.flags:
         said.append(text["caution"].format(count=len(plan.flags)))
     return (" " if language == "en" else "").join(said)
+
+
+def words(key: str, language: str, **fields: object) -> str:
+    """The text `key` with its fields, which are said in the same language."""
+    there = {name: in_language(value, language) for name, value in fields.items()}
+    return TEXTS[language][key].format(**there)
+
+
+def unit_of(unit: str, language: str) -> str:
+    """ "token" or "word" in the language."""
+    return SENTENCES[language][unit]
 
 
 def _buys(plan: Plan, language: str) -> str:

@@ -96,9 +96,7 @@ def render(figure: "Figure", name: str, description: str) -> Markup:
     """The figure as an <svg> element whose ids begin with `name`; `description` is its text."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with warnings.catch_warnings():
-        # The browser draws the text with its own fonts.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    with _own_fonts():
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     body = text[text.index("<svg") :]
@@ -118,8 +116,17 @@ def standalone(figure: "Figure") -> str:
     """The figure as the text of an SVG file of its own: on white, with its own colors."""
     buffer = io.StringIO()
     nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=nothing, facecolor="white")
+    with _own_fonts():
+        figure.savefig(buffer, format="svg", metadata=nothing, facecolor="white")
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _own_fonts() -> Iterator[None]:
+    """No warnings of glyphs that a font lacks: the browser draws the text with its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def _width(view: str) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from html import unescape
 
 import browser
 import pytest
@@ -9,10 +10,15 @@ import pytest
 from halfulp.errors import PlanError, RunError
 from halfulp.plan.budget import Plan, plan
 from halfulp.plan.facts import Facts, Order
+from halfulp.plan.laws import LOSS_KINDS, law_names, load_law
+from halfulp.plan.said import said
+from halfulp.plan.sentences import SENTENCES
+from halfulp.plan.speeds import read_speeds
 from halfulp.report.amounts import amount, digits, dollars
 from halfulp.report.plan_page import render_plan, write_plan
 from halfulp.report.plan_plots import precision_figure, sequences_figure
-from halfulp.report.plan_words import TEXTS, paragraph
+from halfulp.report.plan_texts import TEXTS
+from halfulp.report.plan_words import paragraph
 from halfulp.report.words import nats
 
 HOSTILE = "\"><script>alert(1)</script>'&amp; \u202e"
@@ -97,7 +103,7 @@ def test_figures_without_data_are_absent(made):
 def test_both_languages_say_the_same_things(made):
     assert TEXTS["en"].keys() == TEXTS["ja"].keys()
     for key in TEXTS["en"]:
-        fields = [set(re.findall(r"\{(\w+)\}", TEXTS[lang][key])) for lang in ("en", "ja")]
+        fields = [set(re.findall(r"\{(\w+)[:}]", TEXTS[lang][key])) for lang in ("en", "ja")]
         assert fields[0] == fields[1], key
     band = made.chosen.band_nats
     assert band is not None
@@ -155,3 +161,62 @@ def test_digits_and_dollars():
         "$100",
         "$3,500",
     ]
+
+
+def visible(page: str) -> str:
+    """The page's texts, those of its figures among them, one a line."""
+    page = re.sub(r"(?s)<style.*?</style>", "", page)
+    return unescape(re.sub(r"<[^>]*>", "\n", page))
+
+
+def test_the_japanese_page_has_no_english_sentence(facts):
+    word_counts = dataclasses.replace(
+        facts, file="c.json", unit="word", tokenizer=said("only_words")
+    )
+    plans = [
+        plan("b200", money_usd=25_000, gpus=8, serve_tokens=1e12),
+        plan("h100", gpu_hours=300, unique_tokens=1e9, law="hoffmann"),
+        plan("a100", target_loss_nats=2.6, price_usd=2.0),
+        plan("mi300x", flops=1e21, law="muennighoff", gpus=1),
+        plan("h100", gpu_hours=100, speeds=read_speeds("fp8=1.3")),
+    ]
+    for number, one in enumerate(plans):
+        page = render_plan(one, facts=word_counts if number % 2 else None, language="ja")
+        text = visible(page)
+        laws = map(load_law, ("floating", "muennighoff", "inference", one.law.law.name))
+        sources = [text for law in laws for text in (law.source, law.formula)]
+        sources += [option.speed.source for option in one.options]
+        sources += [one.gpu.name, one.gpu.price_source]
+        for source in sorted(filter(None, sources), key=len, reverse=True):
+            text = text.replace(source, "")
+        text = re.sub(r"law [a-z]+", "", text)
+        assert re.findall(r"[A-Za-z]{2,}[ ,]+[a-z]{2,}[ ,]+[a-z]{2,}", text) == []
+        english = {text for text in TEXTS["en"].values() if re.fullmatch(r"[A-Za-z ]{5,}", text)}
+        lines = {line.strip() for line in text.split("\n")}
+        assert lines & english == set()
+
+
+def test_sentences_of_plans_exist_in_both_languages():
+    assert SENTENCES["en"].keys() == SENTENCES["ja"].keys()
+    fields = {
+        lang: {key: set(re.findall(r"\{(\w+)", text)) for key, text in SENTENCES[lang].items()}
+        for lang in ("en", "ja")
+    }
+    # English alone has a plural.
+    assert fields["en"].pop("memory") - {"gpus"} == fields["ja"].pop("memory")
+    assert fields["en"] == fields["ja"]
+    for name in law_names(*LOSS_KINDS):
+        law = load_law(name)
+        assert bool(law.warning) == bool(law.warning_ja)
+    for name in ("muennighoff", "floating", "inference"):
+        assert load_law(name).note().japanese != load_law(name).note()
+
+
+def test_japanese_page_in_a_browser(made, facts, tmp_path):
+    path = write_plan(made, tmp_path / "ja.html", facts=facts, language="ja")
+    seen = browser.measure(path, tmp_path, width=1200)
+    assert seen["messages"] == []
+    assert seen["scroll"] <= seen["window"]
+    for plot in seen["plots"]:
+        assert plot["touching"] == []
+        assert plot["outside"] == []
