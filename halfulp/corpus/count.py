@@ -202,9 +202,9 @@ def check_left(notes: Notes, shards: Sequence[Shard]) -> None:
     skipped = notes.skipped
     files = sum(len(shard.files) for shard in shards)
     if skipped and len(skipped) == files:
-        path, why = next(iter(skipped.items()))
+        path, why = min(skipped.items())
         raise NothingLeftError(
-            f"nothing is left to count: {len(skipped)} of {files} files are no text "
+            f"nothing is left to count: {files} of {files} files, or parts of them, are no text "
             f"({path}: {why}). Name text, JSONL, Parquet or token files, or count bytes as they "
             "are with --bytes."
         )

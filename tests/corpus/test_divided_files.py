@@ -19,7 +19,7 @@ from halfulp.corpus.sketching import sketch_corpus
 from halfulp.corpus.stats import stats_of
 from halfulp.data.corpus import SourceFile
 from halfulp.data.tokens import write_tokens
-from halfulp.errors import NothingLeftError
+from halfulp.errors import DataError, NothingLeftError
 
 WHOLE = 1 << 25
 
@@ -190,6 +190,25 @@ def test_a_part_that_is_no_text_is_left_out_and_named(monkeypatch, text):
     assert place.startswith(f"{text}, bytes 60,")
     assert "NUL" in why
     assert 0.8 * len(data) < found.text_bytes < 0.9 * len(data)
-    text.write_bytes(b"\0\n" * 100_000)
-    with pytest.raises(NothingLeftError, match="files are no text"):
+    text.write_text("no text\n" * 30_000, encoding="utf-16")
+    with pytest.raises(NothingLeftError, match=r"are no text.*bytes 0 to.*begins like UTF-16"):
         counted(monkeypatch, text, config, 50_000)
+
+
+def test_a_text_that_was_stopped_in_the_middle_is_resumed(monkeypatch, text, tmp_path):
+    config = CountConfig(words=(1, 300), keep=20_000, split=True)
+    whole = counted(monkeypatch, text, config, 20_000)
+    progress, real, stop = tmp_path / "progress.npz", counting.scan, [5]
+
+    def failing(shard, watch=None):
+        if shard.index in stop:
+            raise DataError("no more")
+        return real(shard, watch)
+
+    monkeypatch.setattr(counting, "scan", failing)
+    files = corpus_files([str(text)])
+    with pytest.raises(DataError, match="no more"):
+        count(files, config, jobs=1, progress_file=progress)
+    stop.clear()
+    assert_alike(whole, count(files, config, jobs=1, progress_file=progress, resume=True))
+    assert not progress.exists()
