@@ -13,7 +13,7 @@ import numpy as np
 from halfulp.corpus.pairs import MOST_UNITS, Pairs, key_starts, merged
 
 _WAITING = 1 << 15  # occurrences that wait for the next sort, at least
-_LEAST_SLOTS, _MOST_SLOTS = 1 << 12, 1 << 15  # of `known`: what is seldom used should be small
+_LEAST_SLOTS, _MOST_SLOTS = 1 << 12, 1 << 16  # of `known`: what is seldom used should be small
 KNOWN = np.dtype([("key", "<u8"), ("last", "<u4"), ("bound", "<u4")])
 _NO_BOUND = 2**32 - 1
 
@@ -50,23 +50,30 @@ class Sample:
         """The largest key that is kept."""
         return (1 << (64 - self.shift)) - 1
 
+    def wanted(self, keys: np.ndarray, priorities: np.ndarray) -> np.ndarray:
+        """Positions of the occurrences that can change the sample, as far as `known` shows."""
+        if not self.shift:
+            return np.flatnonzero(self._unknown(keys, priorities))
+        chosen = self.chosen(keys)
+        return chosen[self._unknown(keys[chosen], priorities[chosen])]
+
     def add(self, keys: np.ndarray, priorities: np.ndarray, marks: np.ndarray) -> None:
         """Occurrences of `chosen` keys: the priority of the unit and a mark for each, [n]."""
-        if len(self.known) > 2:
-            known = self.known[keys & np.uint64(len(self.known) - 1)]
-            kept = np.flatnonzero((known["key"] != keys) | (priorities <= known["bound"]))
-            keys, priorities, marks = keys[kept], priorities[kept], marks[kept]
-        self.hold(keys, priorities, marks)
+        kept = np.flatnonzero(self._unknown(keys, priorities))
+        self.hold(keys[kept], priorities[kept], marks[kept])
 
     def hold(self, keys: np.ndarray, priorities: np.ndarray, marks: np.ndarray) -> None:
         """`add` for what has been looked up in `known`."""
         if self._count + len(keys) > len(self._waiting[0]):
             self.settle()
-            self._make_room(max(_WAITING, len(self.keys) // 2, len(keys)))
+            self._make_room(max(_WAITING, len(self.keys), len(keys)))
         end = self._count + len(keys)
         for place, part in zip(self._waiting, (keys, priorities, marks), strict=True):
             place[self._count : end] = part
         self._count = end
+        if len(keys) > _WAITING:  # as at first, when all keys are kept
+            self.settle()
+            self._make_room(0)
 
     def merge(self, other: "Sample") -> None:
         """Take in what `other` saw, as if it had been added here."""
@@ -93,6 +100,11 @@ class Sample:
         self.keys, self.priorities, self.least = pairs.keys, pairs.priorities, pairs.least
         self._remember_full(pairs)
 
+    def _unknown(self, keys: np.ndarray, priorities: np.ndarray) -> np.ndarray:
+        slots = (keys & np.uint64(len(self.known) - 1)).view(np.int64)
+        unknown = self.known["key"][slots] != keys
+        return np.logical_or(unknown, priorities <= self.known["bound"][slots], out=unknown)
+
     def _make_room(self, size: int) -> None:
         types = np.uint64, np.uint32, np.uint64
         self._waiting = tuple(np.empty(size, dtype) for dtype in types)
@@ -104,7 +116,7 @@ class Sample:
         full = ends[ends - pairs.starts == MOST_UNITS] - 1
         # In one slot the key of the most units stays, as it comes most often.
         full = full[np.argsort(pairs.priorities[full])[::-1]]
-        wanted = 1 << (2 * len(full)).bit_length()
+        wanted = 1 << (4 * len(full)).bit_length()
         self.known = nothing_known(min(max(wanted, _LEAST_SLOTS), _MOST_SLOTS))
         slots = pairs.keys[full] & np.uint64(len(self.known) - 1)
         self.known["key"][slots] = pairs.keys[full]

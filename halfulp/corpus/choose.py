@@ -11,7 +11,7 @@ import numpy as np
 from halfulp.corpus.adaptive import Sample
 from halfulp.corpus.keys import BLOCK, MOST, Block, first_end, ngram_keys, prefix
 
-_SLOTS = 1 << 13
+_SLOTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -39,29 +39,28 @@ class Choice:
 class NumpyChooser:
     """Gives blocks to the samples; keeps the work arrays of one block."""
 
-    block = 4 * BLOCK  # tokens
+    block = 17 * BLOCK  # tokens: those of a batch
 
     def __init__(self, choice: Choice) -> None:
         self._choice = choice
-        self._slots = np.empty(_SLOTS, np.int64)
-        self._work = np.empty((3, self.block + MOST + 1), np.uint64)
+        self._slots = np.empty(_SLOTS, np.int32)
+        self._sums, self._keys = np.empty((2, self.block + MOST + 1), np.uint64)
 
     def feed(self, block: Block, units: Units) -> None:
         """Add the block's sequences to their samples; marks ascend."""
-        choice = self._choice
-        lengths = np.diff(np.minimum(units.ends, len(block.tokens)), prepend=0)
-        of_unit = np.repeat(units.priorities, lengths)
-        sums = prefix(block, self._work[:2, : len(block.tokens) + 1])
+        choice, size = self._choice, len(block.tokens)
+        of_unit = np.repeat(units.priorities, np.diff(np.minimum(units.ends, size), prepend=0))
+        sums = prefix(block, self._sums)
         for n, sample in zip(choice.orders, choice.samples, strict=True):
-            keys = ngram_keys(block, sums, n, out=self._work[2])
-            chosen = sample.chosen(keys)
-            ends = chosen + first_end(block, n)
-            inside = block.inside(ends, n, apart=choice.apart)
-            chosen, ends = chosen[inside], ends[inside]
-            keys, priorities = keys[chosen], of_unit[ends]
-            first = np.flatnonzero(~self._repeated(keys, priorities))
-            marks = (ends[first] + units.place).view(np.uint64)
-            sample.add(keys[first], priorities[first], marks)
+            first = first_end(block, n)
+            keys = ngram_keys(block, sums, n, out=self._keys)
+            chosen = sample.wanted(keys, of_unit[first:])
+            chosen = chosen[block.inside(chosen + first, n, apart=choice.apart)]
+            keys, ends = keys[chosen], chosen + first
+            priorities = of_unit[ends]
+            fresh = np.flatnonzero(~self._repeated(keys, priorities))
+            marks = (ends[fresh] + units.place).view(np.uint64)
+            sample.hold(keys[fresh], priorities[fresh], marks)
 
     def _repeated(self, keys: np.ndarray, priorities: np.ndarray) -> np.ndarray:
         """Mask of pairs that were there before, as far as a small table shows."""

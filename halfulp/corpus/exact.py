@@ -82,16 +82,16 @@ class Exact:
         self.apart = apart
         self._sets = {n: KeySet(budget_bytes // len(self.orders)) for n in self.orders}
         self._stream = Stream(self.orders[-1])
-        self._work = np.empty((3, BLOCK + MOST), np.uint64)
+        self._work = np.empty((2, BLOCK + MOST + 1), np.uint64)
 
     def update(self, tokens: np.ndarray, starts: Sequence[int] | np.ndarray = NEW_DOCUMENT) -> None:
         """As Counter.update. DataError when the keys outgrow the budget."""
         for block in self._stream.blocks(tokens, starts):
-            sums = prefix(block, self._work[:2, : len(block.tokens) + 1])
+            sums = prefix(block, self._work[0])
             for n, keys in self._sets.items():
                 ends = np.arange(first_end(block, n), len(block.tokens))
                 inside = block.inside(ends, n, apart=self.apart)
-                keys.add(ngram_keys(block, sums, n, out=self._work[2])[inside])
+                keys.add(ngram_keys(block, sums, n, out=self._work[1])[inside])
 
     def merge(self, other: "Exact") -> None:
         """Take in all that `other` counted. DataError for other orders or `apart`."""

@@ -19,6 +19,7 @@ BASE = 0xD1342543DE82EF95
 OFFSET = 0x9E3779B97F4A7C15  # m(t) is the finalizer of t + OFFSET: it would map 0 to 0
 BLOCK = 1 << 14  # tokens: the work arrays of one block stay in a core's own cache
 MOST = 1024  # longest n-gram
+_TILE = BLOCK
 NEW_DOCUMENT = (0,)
 
 
@@ -123,19 +124,38 @@ class Stream:
         return block
 
 
-def prefix(block: Block, work: np.ndarray | None = None, factor: int = 1) -> np.ndarray:
-    """Keys · factor of the first 0, 1, 2 … tokens, [tokens + 1] uint64; work [2, tokens + 1]."""
+def prefix(block: Block, out: np.ndarray | None = None, factor: int = 1) -> np.ndarray:
+    """Keys · factor of the first 0, 1, 2 … tokens, [tokens + 1] uint64; `out`: where to write."""
     size = len(block.tokens)
-    work = np.empty((2, size + 1), np.uint64) if work is None else work
-    work[0, 0] = 0
-    mixed, scratch = work[:, 1:]
-    np.add(block.tokens, np.uint64(OFFSET), out=mixed, dtype=np.uint64)
-    murmur.fmix(mixed, scratch)
-    room = table_length(size)
-    np.multiply(mixed, powers(pow(BASE, -1, 1 << 64), room)[:size], out=mixed)
-    np.cumsum(mixed, out=mixed)
-    np.multiply(mixed, powers(BASE, room, factor)[:size], out=mixed)
-    return work[0]
+    sums = np.empty(size + 1, np.uint64) if out is None else out[: size + 1]
+    sums[0] = 0
+    down, up = powers(pow(BASE, -1, 1 << 64), _TILE, factor), powers(BASE, _TILE)
+    scratch = np.empty(_TILE, np.uint64)
+    for at in range(0, size, _TILE):
+        tokens = block.tokens[at : at + _TILE]
+        part, room = sums[at + 1 : at + 1 + len(tokens)], len(tokens)
+        _mix(tokens, part, scratch[:room])
+        np.multiply(part, down[:room], out=part)
+        part[:1] += sums[at : at + 1] * np.uint64(BASE)
+        np.add.accumulate(part, out=part)
+        np.multiply(part, up[:room], out=part)
+    return sums
+
+
+def _mix(tokens: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> None:
+    if tokens.itemsize <= 2:
+        _mixed().take(tokens, out=out, mode="clip")
+        return
+    np.add(tokens, np.uint64(OFFSET), out=out, dtype=np.uint64)
+    murmur.fmix(out, scratch)
+
+
+@functools.cache
+def _mixed() -> np.ndarray:
+    """m(t) of the tokens of 16 bits."""
+    table = np.arange(1 << 16, dtype=np.uint64) + np.uint64(OFFSET)
+    murmur.fmix(table, np.empty_like(table))
+    return table
 
 
 def first_end(block: Block, n: int) -> int:
@@ -182,8 +202,3 @@ def powers(base: int, count: int, first: int = 1) -> np.ndarray:
     np.multiply.accumulate(table, out=table)
     table.flags.writeable = False
     return table
-
-
-def table_length(size: int) -> int:
-    """Length of the tables of powers for so many tokens: few lengths, so that few are kept."""
-    return max(BLOCK + MOST, 1 << size.bit_length())

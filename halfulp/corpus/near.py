@@ -60,13 +60,13 @@ class NumpyNear:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._work = np.empty((4, BLOCK + MOST), np.uint64)
+        self._work = np.empty((4, BLOCK + MOST + 1), np.uint64)
         self._met: dict[int, np.ndarray] = {}
 
     def feed(self, block: Block, cuts: np.ndarray) -> Hits:
         """Raise the registers; the hits are the n-grams with h2 ≤ cuts [orders] uint64, cut > 0."""
-        task, size = self._task, len(block.tokens)
-        sums = prefix(block, self._work[:2, : size + 1], int(murmur.FIRST))
+        task = self._task
+        sums = prefix(block, self._work[0], int(murmur.FIRST))
         least = task.registers.min(axis=1).tolist()
         bounds = [max(LARGEST_HASH >> low, int(cut)) for low, cut in zip(least, cuts, strict=True)]
         hits, held, waiting = [], [], 0

@@ -16,7 +16,7 @@ from halfulp.data.documents import first_row, in_pieces, read_documents
 from halfulp.data.stream import open_stream
 
 FILE_BITS = 40  # of a unit's number: the rest is its file
-_GROUP = {"text": 1 << 18, "tokens": 1 << 16}  # characters, tokens
+_GROUP = {"text": 1 << 18, "tokens": 1 << 18}  # characters, tokens
 _MOST_PIECES = 4096
 _PIECE = 1 << 16  # bytes
 _NAMED = 3  # files of one note

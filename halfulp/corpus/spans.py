@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from halfulp.corpus import native
-from halfulp.corpus.keys import BASE, Block, join, powers, prefix, table_length, unsigned
+from halfulp.corpus.keys import BASE, Block, join, powers, prefix, unsigned
 
 
 class Spans(NamedTuple):
@@ -41,7 +41,13 @@ def span_keys(symbols: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.n
     """
     block = Block(unsigned(symbols), 0, np.zeros(1, np.int64))
     sums = _prefix(block)
-    return sums[ends] - sums[starts] * powers(BASE, table_length(len(symbols)))[ends - starts]
+    return sums[ends] - sums[starts] * _power(ends - starts)
+
+
+def _power(exponents: np.ndarray) -> np.ndarray:
+    """BASE^exponents mod 2^64, for exponents below 2^28."""
+    low, high = powers(BASE, 1 << 14), powers(pow(BASE, 1 << 14, 1 << 64), 1 << 14)
+    return low[exponents & (1 << 14) - 1] * high[exponents >> 14]
 
 
 def _prefix(block: Block) -> np.ndarray:

@@ -10,7 +10,7 @@ from halfulp.corpus import native
 from halfulp.corpus.adaptive import MOST_UNITS, Sample
 from halfulp.corpus.family import Family, Symbols
 from halfulp.corpus.keys import unsigned
-from halfulp.corpus.pairs import key_starts, merged, no_pairs
+from halfulp.corpus.pairs import ascending, key_starts, merged, no_pairs
 from halfulp.corpus.spans import span_keys
 from halfulp.corpus.tally import PLACE_BITS
 
@@ -80,6 +80,14 @@ def test_units_and_first_places_are_those_of_a_dictionary():
     lowest = [p for _, found, _ in expected for p in sorted(found)[:MOST_UNITS]]
     assert sample.priorities.tolist() == lowest
     assert max(len(found) for found in units.values()) > MOST_UNITS
+
+
+@pytest.mark.parametrize("step", [1, 1 << 40])
+def test_keys_that_differ_in_their_last_bits_are_put_in_order(step):
+    keys = np.random.default_rng(0).integers(0, 500, 1000).astype(np.uint64) * np.uint64(step)
+    assert keys[ascending(keys)].tolist() == sorted(keys.tolist())
+    assert sorted(ascending(keys).tolist()) == list(range(1000))
+    assert ascending(keys[:0]).tolist() == []
 
 
 @pytest.mark.usefixtures("counting_kernel")

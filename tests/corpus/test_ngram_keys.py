@@ -40,6 +40,23 @@ def test_span_keys_are_those_of_ngrams_of_any_length():
     assert found[2] == found[5] == 0
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+@pytest.mark.parametrize("factor", [1, 12345])
+def test_keys_of_longer_prefixes_than_are_made_at_once(dtype, factor):
+    tokens = np.random.default_rng(0).integers(0, 200, 40_000).astype(dtype)
+    (block,) = Stream(1).blocks(tokens, (0,), size=40_000)
+    found = prefix(block, factor=factor)
+    expected = key(tokens.tolist()) * factor & MASK
+    assert (int(found[0]), int(found[-1])) == (0, expected)
+
+
+@pytest.mark.usefixtures("counting_kernel")
+def test_keys_of_long_spans():
+    tokens = np.random.default_rng(0).integers(0, 200, 40_000).astype(np.uint16)
+    found = span_keys(tokens, np.array([100, 7]), np.array([39_000, 16_391])).tolist()
+    assert found == [key(tokens[100:39_000].tolist()), key(tokens[7:16_391].tolist())]
+
+
 def test_the_key_of_a_concatenation():
     assert join(key([5, 6]), key([7, 8, 9]), 3) == key([5, 6, 7, 8, 9])
     assert join(0, key([7]), 1) == join(key([7]), 0, 0) == key([7])
