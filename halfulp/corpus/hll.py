@@ -110,13 +110,17 @@ def raise_registers(registers: np.ndarray, slots: np.ndarray, h2: np.ndarray) ->
 
 def rank(h2: np.ndarray) -> np.ndarray:
     """1 + leading zeros of each 64-bit number, at most 63, as uint8."""
-    top = h2 >> np.uint64(11)  # 53 bits: exact as a float64
-    # frexp's exponent is the bit length; a number without top bits has only these eleven.
-    length = np.frexp(top.astype(np.float64))[1] + 11
-    small = top == 0
+    # Without the last eleven bits it is exact as a float64; a number that has no others is not.
+    length = _bit_length(h2 >> np.uint64(11)) + 11
+    small = h2 < np.uint64(1 << 11)
     if small.any():
-        length[small] = np.frexp(h2[small].astype(np.float64))[1]
+        length[small] = _bit_length(h2[small])
     return np.minimum(65 - length, LARGEST).astype(np.uint8)
+
+
+def _bit_length(numbers: np.ndarray) -> np.ndarray:
+    """Of uint64 below 2^53, from the exponent of a float64; below 0 for 0."""
+    return (numbers.astype(np.float64).view(np.int64) >> 52) - 1022
 
 
 def _estimate(counts: np.ndarray) -> float:

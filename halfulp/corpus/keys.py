@@ -40,9 +40,14 @@ class Block:
 
         `apart`: and begin at a multiple of n in it.
         """
-        document = np.searchsorted(self.starts, ends, side="right") - 1
-        length = ends - self.starts[document] + 1
+        length = ends - self._begins[ends] + 1
         return (length >= n) & (length % n == 0) if apart else length >= n
+
+    @functools.cached_property
+    def _begins(self) -> np.ndarray:
+        """Where the document of each token begins; of those before the first start: there."""
+        edges = np.concatenate(([0], np.maximum(self.starts[1:], 0), [len(self.tokens)]))
+        return np.repeat(self.starts, np.diff(edges))
 
     def count(self, orders: Sequence[int], *, apart: bool = False) -> list[int]:
         """How many n-grams of each n end in the fresh tokens and lie in one document."""

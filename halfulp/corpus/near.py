@@ -4,9 +4,7 @@ Few do: an n-gram counts only if its hash is below what the lowest register hold
 last steps of the hash, and the question whether it lies in one document, are for those alone.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -17,16 +15,7 @@ from halfulp.corpus.keys import BLOCK, MOST, Block, first_end, ngram_keys, prefi
 LARGEST_HASH = (1 << 64) - 1
 _MANY = LARGEST_HASH >> 1  # a bound from here on: half of all hashes
 _LG_MET = 14
-_TOGETHER = 1 << 13  # hashes looked at at once: for more, the system would give memory every time
-
-
-class Found(NamedTuple):
-    """N-grams of one row: their `ends`, and hashes but for the last steps, each [found]."""
-
-    row: int
-    ends: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
+_SMALL = 2  # bytes: tokens of so many are few enough for a table of all of them
 
 
 @dataclass(frozen=True)
@@ -56,84 +45,69 @@ class Task:
 class NumpyNear:
     """Feeds blocks to a task's registers; keeps the work arrays of one block."""
 
-    block = BLOCK  # tokens
+    block = 8 * BLOCK  # tokens
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._work = np.empty((4, BLOCK + MOST + 1), np.uint64)
+        self._work = np.empty((4, self.block + MOST + 1), np.uint64)
         self._met: dict[int, np.ndarray] = {}
+        self._seen = np.zeros(1 << 8 * _SMALL, bool)
 
     def feed(self, block: Block, cuts: np.ndarray) -> Hits:
         """Raise the registers; the hits are the n-grams with h2 ≤ cuts [orders] uint64, cut > 0."""
-        task = self._task
         sums = prefix(block, self._work[0], int(murmur.FIRST))
-        least = task.registers.min(axis=1).tolist()
-        bounds = [max(LARGEST_HASH >> low, int(cut)) for low, cut in zip(least, cuts, strict=True)]
-        hits, held, waiting = [], [], 0
-        for row, bound in enumerate(bounds):
-            for found in _cut(self._near(block, sums, row, bound)):
-                held.append(found)
-                waiting += len(found.ends)
-                if waiting >= _TOGETHER // 2:
-                    hits.append(self._raise(block, cuts, held))
-                    held, waiting = [], 0
-        if held:
-            hits.append(self._raise(block, cuts, held))
-        return Hits(*map(np.concatenate, zip(*hits, strict=True)))
+        hits = [self._row(block, sums, row, int(cut)) for row, cut in enumerate(cuts)]
+        return Hits(np.repeat(np.arange(len(hits)), list(map(len, hits))), np.concatenate(hits))
 
-    def _raise(
-        self, block: Block, cuts: np.ndarray, found: Sequence[Found]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Raise the registers by what `_near` found in some rows; the rows and h2 of the hits."""
-        task = self._task
-        ends, a, b = (np.concatenate(parts) for parts in zip(*(f[1:] for f in found), strict=True))
-        rows = np.repeat([f.row for f in found], [len(f.ends) for f in found])
+    def _row(self, block: Block, sums: np.ndarray, row: int, cut: int) -> np.ndarray:
+        """Raise the registers of one row; the h2 of its hits."""
+        task, n, registers = self._task, self._task.orders[row], self._task.registers[row]
+        ends, a, b = self._near(block, sums, n, max(LARGEST_HASH >> int(registers.min()), cut))
         h1, h2 = murmur.finished(a, b)
-        slots = slots_of(h1, task.lg_k) + (rows << task.lg_k)
-        registers = task.registers.reshape(-1)
+        slots = slots_of(h1, task.lg_k)
         wanted = raises(registers, slots, h2)
-        if cuts.any():
-            wanted |= (h2 <= cuts[rows]) & (cuts[rows] > 0)
+        if cut:
+            wanted |= h2 <= np.uint64(cut)
         chosen = np.flatnonzero(wanted)
-        orders = np.asarray(task.orders)[rows[chosen]]
-        chosen = chosen[block.inside(ends[chosen], orders, apart=task.apart)]
-        rows, h2 = rows[chosen], h2[chosen]
+        chosen = chosen[block.inside(ends[chosen], n, apart=task.apart)]
+        h2 = h2[chosen]
         raise_registers(registers, slots[chosen], h2)
-        hit = (h2 <= cuts[rows]) & (cuts[rows] > 0)
-        return rows[hit], h2[hit]
+        return h2[h2 <= np.uint64(cut)] if cut else h2[:0]
 
-    def _near(self, block: Block, sums: np.ndarray, row: int, bound: int) -> Found:
-        """All n-grams with h2 ≤ bound and some more.
+    def _near(
+        self, block: Block, sums: np.ndarray, n: int, bound: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ends of all n-grams with h2 ≤ bound and some more, and what `halves` makes of them.
 
-        Those that were met lately are left out where most others would have to be looked at.
+        Those that were met before are left out where most others would have to be looked at.
         """
-        n = self._task.orders[row]
         first = first_end(block, n)
         a, b, scratch = self._work[1:, : len(block.tokens) - first]
         ngram_keys(block, sums, n, out=a)
-        if bound < _MANY:
+        small = n == 1 and block.tokens.itemsize <= _SMALL
+        if bound < _MANY and not small:
             murmur.halves(a, b, scratch)
             near = murmur.at_most(a, b, bound, scratch)
-            return Found(row, near + first, a[near], b[near])
-        ends = self._not_met(block, n, a, scratch)
-        a = a[ends - first]
+            return near + first, a[near], b[near]
+        fresh = self._unseen(block.tokens[first:]) if small else self._not_met(block, n, a, scratch)
+        a = a[fresh]
         b, scratch = b[: len(a)], scratch[: len(a)]
         murmur.halves(a, b, scratch)
-        return Found(row, ends, a, b.copy())
+        return fresh + first, a, b
+
+    def _unseen(self, tokens: np.ndarray) -> np.ndarray:
+        """Positions of the tokens that were not there in a call before."""
+        fresh = np.flatnonzero(~self._seen.take(tokens))
+        self._seen[tokens[fresh]] = True
+        return fresh
 
     def _not_met(self, block: Block, n: int, keys: np.ndarray, scratch: np.ndarray) -> np.ndarray:
-        """Ends of the n-grams in one document whose key is not in the table; it is afterwards."""
+        """Which n-grams in one document have a key that is not in the table; it is afterwards."""
         if n not in self._met:
             self._met[n] = ~np.arange(1 << _LG_MET, dtype=np.uint64) << np.uint64(64 - _LG_MET)
         slots = np.right_shift(keys, np.uint64(64 - _LG_MET), out=scratch).view(np.int64)
         fresh = np.flatnonzero(self._met[n].take(slots) != keys)
-        ends = fresh + first_end(block, n)
-        inside = block.inside(ends, n, apart=self._task.apart)
-        self._met[n][slots[fresh[inside]]] = keys[fresh[inside]]
-        return ends[inside]
-
-
-def _cut(found: Found) -> Iterator[Found]:
-    """The same in pieces of at most _TOGETHER; one without n-grams if there are none."""
-    for at in range(0, max(1, len(found.ends)), _TOGETHER):
-        yield Found(found.row, *(part[at : at + _TOGETHER] for part in found[1:]))
+        inside = block.inside(fresh + first_end(block, n), n, apart=self._task.apart)
+        fresh = fresh[inside]
+        self._met[n][slots[fresh]] = keys[fresh]
+        return fresh
