@@ -12,7 +12,7 @@ typedef struct {
     const int64_t *starts, *orders; int64_t documents, rows, apart, lg_k;
     uint8_t *registers;   /* [rows][2^lg_k] */
     const uint64_t *cuts; /* [rows]: n-grams with h2 <= cut are handed back; 0: none */
-    uint64_t *sums, *seen; /* scratch [size + 1]; [rows][SEEN]: hashes handed back lately */
+    uint64_t *sums, *seen; /* scratch [size + 1]; [rows][SEEN]: keys met lately */
     int64_t *hit_rows; uint64_t *hits; /* what is handed back */
 } Job;
 
@@ -22,10 +22,10 @@ INLINE uint64_t fmix(uint64_t x) {
     return x ^ x >> 33;
 }
 
-#define MIX(T) for (int64_t i = 0; i < job->size; i++) sums[i] = fmix(((const T *)job->tokens)[i] + OFFSET)
+#define MIX(T) for (int64_t i = 0; i < job->size; i++) sums[i] = fmix(((const T *)job->tokens)[i] + OFFSET) * factor
 
-/* sums[i]: key of the first i tokens. */
-INLINE void prefix(const Job *job) {
+/* sums[i]: key of the first i tokens, times factor. */
+INLINE void prefix(const Job *job, uint64_t factor) {
     uint64_t *sums = job->sums + 1, last = 0;
     if (job->width == 1) MIX(uint8_t);
     else if (job->width == 2) MIX(uint16_t);

@@ -26,7 +26,7 @@ class _Choice(ctypes.Structure):
 class NativeChooser:
     """NumpyChooser in C: samples that hold the same."""
 
-    block = 5 * BLOCK  # tokens: those of a batch
+    block = 5 * BLOCK  # tokens
 
     def __init__(self, choice: Choice, library: ctypes.CDLL) -> None:
         self._choice = choice

@@ -22,7 +22,8 @@ class NativeNear:
         self._library = library
         self._orders = np.asarray(task.orders, np.int64)
         self._sums = np.empty(self.block + MOST + 1, np.uint64)
-        self._seen = np.empty(0, np.uint64)
+        nothing = ~np.arange(_SEEN, dtype=np.uint64) << np.uint64(50)  # a key of another slot
+        self._seen = np.tile(nothing, (len(task.orders), 1))
         self._hits = np.empty((2, 0), np.int64)
 
     def feed(self, block: Block, cuts: np.ndarray) -> Hits:
@@ -30,7 +31,6 @@ class NativeNear:
         task = self._task
         if cuts.any() and not self._hits.size:
             self._hits = np.empty((2, len(task.orders) * self.block), np.int64)
-            self._seen = np.zeros((len(task.orders), _SEEN), np.uint64)
         arrays = (task.registers, cuts, self._sums, self._seen, *self._hits)
         job = Job(
             *described(block, self._orders, task.apart),

@@ -60,7 +60,7 @@ INLINE int64_t choose_row(const Choice *choice, int64_t row, int64_t unit, int64
 /* Tile by tile, so that what all rows read is in the nearest cache. */
 CLONES static int64_t choose(const Choice *choice) {
     const Job *job = &choice->job;
-    prefix(job);
+    prefix(job, 1);
     memset(choice->counts, 0, job->rows * sizeof *choice->counts);
     for (int64_t unit = 0, at = job->context; at < job->size; at += TILE) {
         const int64_t last = at + TILE < job->size ? at + TILE : job->size;
@@ -73,7 +73,7 @@ CLONES static int64_t choose(const Choice *choice) {
     return job->rows;
 }
 
-CLONES static int64_t sums(const Job *job) { prefix(job); return job->size; }
+CLONES static int64_t sums(const Job *job) { prefix(job, 1); return job->size; }
 
 int64_t halfulp_prefix(const Job *job) { return sums(job); }
 
