@@ -66,7 +66,7 @@ class Sample:
         """`add` for what has been looked up in `known`."""
         if self._count + len(keys) > len(self._waiting[0]):
             self.settle()
-            self._make_room(max(_WAITING, len(self.keys), len(keys)))
+            self._make_room(max(_WAITING, len(self.keys) // 2, len(keys)))
         end = self._count + len(keys)
         for place, part in zip(self._waiting, (keys, priorities, marks), strict=True):
             place[self._count : end] = part
