@@ -36,6 +36,7 @@ def run_tasks(
     threads: int = 1,
     gpu_share: float = 0.0,
     ray: str = "",
+    hung: Callable[[T], bool] | None = None,
 ) -> Generator[Outcome[T], None, None]:
     """The outcomes of `function(task)`, in the order in which they come.
 
@@ -45,12 +46,17 @@ def run_tasks(
       there is room for.
     * Workers persist, so that a module is imported once in each. One that dies is an outcome, and
       another takes its place. They die with the process that started them.
-    * `ray` is the address of a cluster, or "auto": tasks then run there, by the same rules.
+    * `hung` is asked about every running task each second or so; a worker whose task hangs is
+      killed with all that it has started, which is an outcome. Stopped processes end by that too.
+    * `ray` is the address of a cluster, or "auto": tasks then run there, by the same rules, but
+      that `hung` is not asked: from here nothing ends a process of another machine that is stopped.
 
     `function` is a module's, and tasks and values can be pickled. Raises ConfigError for a cluster
     that does not answer, MissingExtraError where Ray is not installed.
     """
-    pool = _Ray(ray, jobs, threads, gpu_share) if ray else _Local(jobs, threads, gpu_share)
+    pool: _Pool = (
+        _Ray(ray, jobs, threads, gpu_share) if ray else _Local(jobs, threads, gpu_share, hung)
+    )
     running: dict[Any, T] = {}
     try:
         while True:
@@ -87,11 +93,18 @@ class _Pool(Protocol):
 class _Local:
     """One process per slot, with a pipe of its own: none can harm another by the way it ends."""
 
-    def __init__(self, jobs: int, threads: int, gpu_share: float) -> None:
+    def __init__(
+        self,
+        jobs: int,
+        threads: int,
+        gpu_share: float,
+        hung: Callable[[Any], bool] | None = None,
+    ) -> None:
         self._jobs = jobs or (_gpu_room(gpu_share) if gpu_share else room(threads))
         self._threads, self._gpu_share = threads, gpu_share
+        self._hung = hung
         self._workers: dict[int, _Worker] = {}
-        self._busy: set[_Worker] = set()
+        self._busy: dict[_Worker, Any] = {}  # worker → its task
 
     def room(self) -> int:
         return self._jobs
@@ -101,7 +114,7 @@ class _Local:
         if worker is None or not worker.begin(function, task):
             worker = self._workers[slot] = self._start(slot)
             worker.begin(function, task)
-        self._busy.add(worker)
+        self._busy[worker] = task
         return worker
 
     def wait(self, handles: Sequence["_Worker"]) -> Sequence["_Worker"]:
@@ -109,13 +122,16 @@ class _Local:
 
         while True:
             ready = wait([worker.pipe for worker in handles], timeout=1.0)
+            for worker in handles:
+                if worker.pipe not in ready and self._hung and self._hung(self._busy[worker]):
+                    worker.kill()
             # A child of a dead worker may hold its pipe open.
             found = [w for w in handles if w.pipe in ready or w.ended]
             if found:
                 return found
 
     def outcome(self, handle: "_Worker", task: Any) -> Outcome[Any]:
-        self._busy.discard(handle)
+        del self._busy[handle]
         return handle.outcome(task)
 
     def stop(self) -> None:
@@ -161,11 +177,12 @@ class _Worker:
         )
         theirs.close()
         os.close(leash)
+        self._given_up = False  # killed, and the system does not let go of it
 
     @property
     def ended(self) -> bool:
-        """Whether the process is gone."""
-        return self._process.poll() is not None
+        """Whether the process is gone, or given up."""
+        return self._given_up or self._process.poll() is not None
 
     def begin(self, function: Callable[[T], Any], task: T) -> bool:
         """Hand the task over; False when the process has ended."""
@@ -198,14 +215,24 @@ class _Worker:
     def end(self, seconds: float) -> None:
         """Wait so long for the end of the process, and then kill it."""
         try:
-            self._process.wait(seconds)
+            if not self._given_up:
+                self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)  # and what it has started
-            self._process.wait()
+            self.kill()
         self.pipe.close()
         if self._leash >= 0:
             os.close(self._leash)
             self._leash = -1
+
+    def kill(self) -> None:
+        """End the process, stopped or not, and what it has started."""
+        if self.ended:
+            return
+        os.killpg(self._process.pid, signal.SIGKILL)
+        try:
+            self._process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:  # it waits for a disk that does not answer
+            self._given_up = True
 
 
 _GRACE_S = 5.0
@@ -253,7 +280,9 @@ def _answer(message: bytes) -> bytes:
         return said
 
 
-def _how(code: int) -> str:
+def _how(code: int | None) -> str:
+    if code is None:
+        return "was killed, and is still there"
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 

@@ -56,3 +56,12 @@ def fork_and_die(_: object) -> None:
         time.sleep(4)
         os._exit(0)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop(what: str) -> str:
+    """`what`; before that "stop" stops its own process, which leaves a child."""
+    if what == "stop":
+        if os.fork() == 0:
+            time.sleep(600)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return what

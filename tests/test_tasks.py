@@ -156,6 +156,28 @@ def test_a_dead_worker_whose_child_lives_on_is_seen():
     assert outcome.died == "was killed by SIGKILL"
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_worker_whose_task_hangs_is_killed_though_it_is_stopped(jobs):
+    """Only that one, and the next task finds another worker."""
+    found = by_task(outcomes(f.stop, ["a", "stop", "b"], jobs=jobs, hung=lambda t: t == "stop"))
+    assert found["stop"].died == "was killed by SIGKILL"
+    assert {t: o.value for t, o in found.items() if t != "stop"} == {"a": "a", "b": "b"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it is left behind
+def test_a_worker_that_cannot_be_killed_is_given_up(monkeypatch):
+    """It waits for a disk that does not answer: the driver does not wait with it."""
+    groups: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("halfulp.tasks._GRACE_S", 0.2)
+        patch.setattr("halfulp.tasks.os.killpg", lambda group, _: groups.append(group))
+        found = by_task(outcomes(f.stop, ["stop", "a"], jobs=1, hung=lambda t: t == "stop"))
+    assert found["stop"].died == "was killed, and is still there"
+    assert found["a"].value == "a"
+    os.killpg(groups[0], signal.SIGKILL)
+    wait_until_gone(groups[0])
+
+
 def test_workers_end_when_the_iterator_is_closed():
     tasks = iter(range(9))
     with closing(run_tasks(f.who, lambda: next(tasks, None), jobs=2)) as running:

@@ -1,10 +1,8 @@
 """One run of a sweep, in a worker: trained, measured, and never left hanging."""
 
-import faulthandler
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,10 @@ from halfulp.errors import (
     PolicyError,
     StoppedError,
 )
+from halfulp.sweep.alive import watched
 from halfulp.sweep.design import Cell, Design
 from halfulp.sweep.result import Result
 from halfulp.sweep.store import is_sweep, read_design, write_policies
-
-STALLED = "stalled.txt"  # where a worker that hung says where it hung
 
 
 @dataclass(frozen=True)
@@ -78,10 +75,8 @@ def _files(path: Path) -> dict[str, bytes]:
 def _result(design: Design, task: Task, path: Path) -> Result | None:
     out, before = path / "runs" / task.cell.id, time.perf_counter()
     status, message = "finished", ""
-    stalled = path / "runs" / f"{task.cell.id}.{STALLED}"
-    stalled.parent.mkdir(exist_ok=True)
     try:
-        with watched(stalled, task.timeout_s) as alive:
+        with watched(path / "runs", task.cell.id, task.timeout_s) as alive:
             reason = _train(design, task, out, path / "policies", alive)
         if reason == "interrupted":
             return None
@@ -127,26 +122,3 @@ def _measured(cell: Cell, status: str, message: str, out: Path, seconds: float) 
         id=cell.id, recipe=cell.recipe, lr=cell.lr, seed=cell.seed, data=cell.data,
         status=status, message=message, wall_seconds=seconds, **facts,
     )  # fmt: skip
-
-
-@contextmanager
-def watched(file: Path, timeout_s: float) -> Iterator[Any]:
-    """End this process, with its stack in `file`, when `alive` is not called for `timeout_s`.
-
-    The timer is a thread of C: code that hangs without letting other threads run is ended too.
-    """
-    with open(file, "w", encoding="utf-8") as stream:
-        last = time.monotonic()
-
-        def alive(_: Mapping[str, Any]) -> None:
-            nonlocal last
-            if time.monotonic() - last > min(1.0, timeout_s / 10):
-                last = time.monotonic()
-                faulthandler.dump_traceback_later(timeout_s, exit=True, file=stream)
-
-        faulthandler.dump_traceback_later(timeout_s, exit=True, file=stream)
-        try:
-            yield alive
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-    file.unlink()

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfulp.errors import ConfigError, HalfulpError, RunError
+from halfulp.sweep.alive import Watch
 from halfulp.sweep.design import Design, make_design
-from halfulp.sweep.one_run import STALLED, Task, Trained, run_cell
+from halfulp.sweep.one_run import Task, Trained, run_cell
 from halfulp.sweep.order import next_cell, seconds_of
 from halfulp.sweep.result import Result
 from halfulp.sweep.store import Store, open_store
@@ -74,7 +75,8 @@ def run_design(
 
     * `jobs` at a time, 0 = as many as there is room for; on the cluster at `ray` if given.
     * `time_s`: no run is started that would not be done by then; 0 = no limit.
-    * `timeout_s`: a run without a step for so long is ended, and tried once more.
+    * `timeout_s`: a run without a step for so long is ended, and tried once more; its first step
+      may take ten minutes (halfulp.sweep.alive).
 
     A run that fails is a result, and one that was lost in an earlier call is tried again. Raises
     ConfigError and RunError as `open_store` and `run_tasks`, ConfigError when the reference is
@@ -99,6 +101,7 @@ def run_design(
         outcomes = run_tasks(
             run_cell, state.next_task, jobs=jobs, ray=ray,
             threads=design.config.train.threads, gpu_share=_gpu_share(design),
+            hung=state.hung,
         )  # fmt: skip
         with closing(outcomes):
             for outcome in outcomes:
@@ -123,11 +126,13 @@ class _State:
     digests: Mapping[str, str] = field(default_factory=dict)  # of the data sets, as they are here
     running: set[str] = field(default_factory=set)
     done: set[str] = field(init=False)
+    watch: Watch = field(init=False)
     tries: dict[str, int] = field(default_factory=dict)
     afresh: set[str] = field(default_factory=set)  # whose files could not be gone on with
 
     def __post_init__(self) -> None:
         self.done = {id for id, result in self.results.items() if not result.lost}
+        self.watch = Watch(self.store.runs, self.timeout_s)
 
     def next_task(self) -> Task | None:
         cell = next_cell(self.design, self.results.values(), self.running | self.done)
@@ -137,6 +142,7 @@ class _State:
             return None
         self.running.add(cell.id)
         self.tries[cell.id] = self.tries.get(cell.id, 0) + 1
+        self.watch.begin(cell.id)
         self.tell("run", id=cell.id)
         path = self.store.path.absolute()
         return Task(
@@ -144,10 +150,14 @@ class _State:
             self.digests[cell.data], cell.id in self.afresh,
         )  # fmt: skip
 
+    def hung(self, task: Task) -> bool:
+        return self.watch.late(task.cell.id)
+
     def take(self, outcome: Outcome[Task]) -> None:
         cell = outcome.task.cell
         self.running.discard(cell.id)
         result = self._result(outcome)
+        self.watch.end(cell.id)
         if result is None:
             return
         self.results[cell.id] = result
@@ -163,11 +173,8 @@ class _State:
             if outcome.value.files:
                 self.store.keep(cell.id, outcome.value.files)
             return outcome.value.result
-        stalled = self.store.runs / f"{cell.id}.{STALLED}"
-        hung = bool(outcome.died) and stalled.is_file() and stalled.stat().st_size > 0
-        message = _why(outcome)
-        if hung:
-            message = f"no step for {self.timeout_s:g} s; its stack is in {stalled.name}"
+        stalled = self.watch.why(cell.id) if outcome.died else ""
+        message = stalled or _why(outcome)
         unfit = isinstance(outcome.error, (HalfulpError, OSError))
         if self.tries[cell.id] < TRIES:
             self.store.note("retry", id=cell.id, message=message)
@@ -182,7 +189,7 @@ class _State:
                 f"{cell.id} cannot be run here: {message} The sweep stops, and its results are "
                 f"kept. When that is mended, go on with: halfulp sweep --resume {self.store.path}"
             ) from outcome.error
-        status = "stalled" if hung else "died"
+        status = "stalled" if stalled else "died"
         return Result(
             id=cell.id, recipe=cell.recipe, lr=cell.lr, seed=cell.seed, data=cell.data,
             status=status, message=message,

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from halfulp.errors import RunError
+from halfulp.sweep.alive import watched
 from halfulp.sweep.design import Design, make_design
-from halfulp.sweep.one_run import STALLED, Task, Trained, run_cell, watched
+from halfulp.sweep.one_run import Task, Trained, run_cell
 from halfulp.sweep.result import Result
 from halfulp.tasks import Outcome
 from halfulp.train.config import TrainConfig, load_config
@@ -112,6 +113,31 @@ def hangs(task: Task) -> Trained:
     return imagined(task)
 
 
+def stops_once(task: Task) -> Trained:
+    """One run is stopped from outside after a step; its own timer stands still with it."""
+    if task.cell.recipe == "te_current" and flagged(task, "stopped"):
+        _stop(task)
+    return imagined(task)
+
+
+def stops(task: Task) -> Trained:
+    """The runs of te_current at one rate are stopped."""
+    if task.cell.recipe == "te_current" and task.cell.lr == 1e-2:
+        _stop(task)
+    return imagined(task)
+
+
+def starts_slowly(task: Task) -> Trained:
+    """The first step of one run comes after more than `timeout_s`, the second at once."""
+    if flagged(task, "slow"):
+        with watched(task.path / "runs", task.cell.id, task.timeout_s) as alive:
+            alive({"event": "start"})
+            time.sleep(2 * task.timeout_s)
+            alive({"event": "step"})
+            alive({"event": "step"})
+    return imagined(task)
+
+
 def dies(task: Task) -> Trained:
     """The runs of te_current at one rate end their process."""
     if task.cell.recipe == "te_current" and task.cell.lr == 1e-2:
@@ -163,10 +189,16 @@ def _at_checkpoint(act: Callable[[], object]) -> None:
 def _hold(task: Task) -> None:
     import ctypes
 
-    runs = task.path / "runs"
-    runs.mkdir(exist_ok=True)
-    with watched(runs / f"{task.cell.id}.{STALLED}", task.timeout_s):
+    with watched(task.path / "runs", task.cell.id, task.timeout_s) as alive:
+        alive({"event": "step"})
         ctypes.PyDLL(None).sleep(600)  # PyDLL keeps the lock of the interpreter
+
+
+def _stop(task: Task) -> None:
+    with watched(task.path / "runs", task.cell.id, task.timeout_s) as alive:
+        alive({"event": "step"})
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(600)
 
 
 def ray_task(what: str) -> tuple[float, float]:

@@ -58,10 +58,37 @@ def test_a_run_that_hangs_is_ended_and_tried_again(imagined, tmp_path, monkeypat
     assert "in _hold" in (path / "runs" / f"{retry['id']}.stalled.txt").read_text()
 
 
-@pytest.mark.parametrize(("function", "status"), [("hangs", "stalled"), ("dies", "died")])
+def test_a_run_that_is_stopped_from_outside_is_ended_and_tried_again(
+    imagined, tmp_path, monkeypatch
+):
+    """SIGSTOP, a debugger: the worker cannot end itself, so the driver does."""
+    monkeypatch.setattr("halfulp.sweep.alive.GRACE_S", 0.5)
+    path = tmp_path / "sweep"
+    table, retries = run_with(
+        sweeps.stops_once, monkeypatch, imagined.design, path, jobs=2, timeout_s=0.5
+    )
+    assert facts_of(table.results) == facts_of(imagined.results)
+    (retry,) = retries
+    assert retry["message"].startswith("no step for 0.5 s: its process was stopped")
+    assert not list((path / "runs").glob("*.alive"))
+
+
+def test_the_first_step_may_take_longer_than_the_timeout(imagined, tmp_path, monkeypatch):
+    """Imports, the model and the compiler come before it."""
+    table, retries = run_with(
+        sweeps.starts_slowly, monkeypatch, imagined.design, tmp_path / "sweep", timeout_s=0.5
+    )
+    assert retries == []
+    assert facts_of(table.results) == facts_of(imagined.results)
+
+
+@pytest.mark.parametrize(
+    ("function", "status"), [("hangs", "stalled"), ("stops", "stalled"), ("dies", "died")]
+)
 def test_a_run_that_cannot_be_done_is_lost_and_the_rest_is_not(
     imagined, tmp_path, monkeypatch, function, status
 ):
+    monkeypatch.setattr("halfulp.sweep.alive.GRACE_S", 0.2)
     path, design = tmp_path / "sweep", imagined.design
     table, retries = run_with(
         getattr(sweeps, function), monkeypatch, design, path, jobs=2, timeout_s=0.5
