@@ -25,10 +25,27 @@ OWN_FILES = {
 }
 
 
+def check_room(path: Path, *, force: bool, own: Set[str] = OWN_FILES) -> bool:
+    """Whether `path` holds a run that is to be replaced; nothing is written.
+
+    RunError where it holds anything else, or may not be replaced.
+    """
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise RunError(f"{path} is asked for as a run directory, but is a file. Give another name.")
+    try:
+        entries = os.listdir(path) if os.path.isdir(path) else ()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}. Give another name.") from error
+    # A process that is killed before its run has begun leaves config.toml.part and nothing else.
+    names = set(entries) - {"config.toml.part"}
+    if names:
+        _check_replaceable(path, names, force=force, own=own)
+    return bool(names)
+
+
 def make_room(path: Path, *, force: bool, own: Set[str]) -> None:
     """An empty directory at `path`; RunError as in Run.create."""
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{path} is asked for as a run directory, but is a file. Give another name.")
+    replaced = check_room(path, force=force, own=own)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -36,11 +53,8 @@ def make_room(path: Path, *, force: bool, own: Set[str]) -> None:
             f"the run directory {path} cannot be made: {error.strerror or error}. "
             "Give a place that can be written."
         ) from error
-    # A process that is killed before its run has begun leaves config.toml.part and nothing else.
-    names = {entry.name for entry in path.iterdir()} - {"config.toml.part"}
-    if not names:
+    if not replaced:
         return
-    _check_replaceable(path, names, force=force, own=own)
     lock.acquire(path / "writer.lock")
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():

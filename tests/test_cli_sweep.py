@@ -136,6 +136,7 @@ def test_what_cannot_be_used_is_named_with_its_cure(home, capsys, options, why):
     assert why in err
     assert "Traceback" not in err
     assert out == ""
+    assert not (home / "sweep").exists()  # the corrected command needs no --force
     assert (home / "full/thesis.tex").read_text() == "all of it"
 
 

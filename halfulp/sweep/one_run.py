@@ -20,6 +20,8 @@ from halfulp.sweep.design import Cell, Design
 from halfulp.sweep.result import Result
 from halfulp.sweep.store import is_sweep, read_design, write_policies
 
+REFUSALS = (ConfigError, FormatError, PolicyError)  # the model or the data cannot take the recipe
+
 
 @dataclass(frozen=True)
 class Task:
@@ -84,7 +86,7 @@ def _result(design: Design, task: Task, path: Path) -> Result | None:
         status, message = "nonfinite", str(error)
     except StoppedError as error:
         status, message = "stopped", str(error)
-    except (ConfigError, FormatError, PolicyError) as error:
+    except REFUSALS as error:
         status, message = "refused", str(error)
     return _measured(task.cell, status, message, out, time.perf_counter() - before)
 

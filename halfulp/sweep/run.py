@@ -12,8 +12,9 @@ from halfulp.sweep.alive import Watch
 from halfulp.sweep.design import Design, make_design
 from halfulp.sweep.one_run import Task, Trained, run_cell
 from halfulp.sweep.order import next_cell, seconds_of
+from halfulp.sweep.preflight import cannot_compare, preflight
 from halfulp.sweep.result import Result
-from halfulp.sweep.store import Store, open_store
+from halfulp.sweep.store import Store, check_place, open_store
 from halfulp.tasks import Outcome, run_tasks
 
 if TYPE_CHECKING:
@@ -79,24 +80,26 @@ def run_design(
       may take ten minutes (halfulp.sweep.alive).
 
     A run that fails is a result, and one that was lost in an earlier call is tried again. Raises
-    ConfigError and RunError as `open_store` and `run_tasks`, ConfigError when the reference is
-    refused, and RunError when a run finds the machine unfit twice (no space, no data). The results
-    so far are kept, and the same call goes on.
+    as `preflight` and `open_store`, before anything is on disk; as `run_tasks`; and RunError when a
+    run finds the machine unfit twice (no space, no data). The results so far are kept, and the same
+    call goes on.
     """
     if jobs < 0 or time_s < 0 or timeout_s <= 0:
         raise ConfigError(
             f"jobs = {jobs}, time = {time_s:g} s and timeout = {timeout_s:g} s cannot be used. "
             "Jobs and time cannot be negative, and a timeout must be above 0."
         )
+    check_place(path, design, force=force)
+    digests = preflight(design, here=not ray)
     store, stored = open_store(path, design, command=command, force=force)
-    state = _State(design, store, {r.id: r for r in stored.results}, timeout_s, on_event)
+    results = {r.id: r for r in stored.results}
+    state = _State(design, store, results, timeout_s, on_event, digests)
     if time_s:
         state.deadline = time.monotonic() + time_s
     for line in stored.damaged:
         state.tell("damaged", message=line)
     try:
         _check_reference(design, stored.results)
-        state.digests = _digests(design)
         state.tell("begin", done=len(state.done), cells=len(design.cells()))
         outcomes = run_tasks(
             run_cell, state.next_task, jobs=jobs, ray=ray,
@@ -122,8 +125,8 @@ class _State:
     results: dict[str, Result]
     timeout_s: float
     on_event: OnEvent | None
+    digests: Mapping[str, str]  # of the data sets, as they are here
     deadline: float = float("inf")
-    digests: Mapping[str, str] = field(default_factory=dict)  # of the data sets, as they are here
     running: set[str] = field(default_factory=set)
     done: set[str] = field(init=False)
     watch: Watch = field(init=False)
@@ -204,10 +207,7 @@ def _check_reference(design: Design, results: Sequence[Result]) -> None:
     """ConfigError when the reference was refused: nothing could be compared."""
     for result in results:
         if result.status == "refused" and result.recipe == design.reference:
-            raise ConfigError(
-                f"the reference {result.recipe} cannot be trained on {result.data}: "
-                f"{result.message} Mend that, or name another --reference in a new sweep."
-            )
+            raise cannot_compare(design, result.data, result.message)
 
 
 def _why(outcome: Outcome[Task]) -> str:
@@ -215,21 +215,6 @@ def _why(outcome: Outcome[Task]) -> str:
         known = isinstance(outcome.error, HalfulpError)
         return str(outcome.error) if known else f"{type(outcome.error).__name__}: {outcome.error}"
     return f"its process {outcome.died}" if outcome.died else "it was interrupted"
-
-
-def _digests(design: Design) -> dict[str, str]:
-    """What each data set holds; read before any run, so that workers find their tokens."""
-    from halfulp.data import open_data
-    from halfulp.numerics.kernel import cache_directory
-
-    found = {}
-    for name in design.data:
-        section = design.data_of(name)
-        data = open_data(section.corpus(), cache_directory() / "data")
-        for split in ("train", "val"):
-            data.windows(split, section.length)
-        found[name] = data.digest
-    return found
 
 
 def _gpu_share(design: Design) -> float:

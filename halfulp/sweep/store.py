@@ -14,10 +14,11 @@ from pathlib import Path
 
 from halfulp.errors import RunError
 from halfulp.run import OWN_FILES, Run
+from halfulp.run_files import check_room
 from halfulp.sweep.design import Cell, Design
 from halfulp.sweep.result import Result
 
-_OWN = OWN_FILES | {"runs", "policies"}
+_OWN = frozenset(OWN_FILES | {"runs", "policies"})
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,7 @@ def open_store(
         run = Run.open(path)
     else:
         replaceable = force and is_sweep(path)
-        run = Run.create(
-            path, design.to_dict(), command=command, force=replaceable, own=frozenset(_OWN)
-        )
+        run = Run.create(path, design.to_dict(), command=command, force=replaceable, own=_OWN)
         stored = Stored(path, design, (), ())
     run.continue_with = f"halfulp sweep --resume {path}"
     store = Store(run)
@@ -116,6 +115,14 @@ def open_store(
             f"{run.continue_with}"
         ) from error
     return store, stored
+
+
+def check_place(path: Path, design: Design, *, force: bool = False) -> None:
+    """The RunError of `open_store` for what lies at `path`; nothing is written."""
+    if is_sweep(path) and not force:
+        _check_same(read_sweep(path), design)
+    else:
+        check_room(path, force=force and is_sweep(path), own=_OWN)
 
 
 def write_policies(folder: Path, design: Design) -> None:

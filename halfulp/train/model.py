@@ -46,13 +46,18 @@ def build_model(config: ModelConfig, *, vocab: int, length: int, seed: int) -> B
     return Built(_random(hf, seed), f"random weights of seed {seed}, shape of {path}")
 
 
-def outline(config: ModelConfig) -> nn.Module:
-    """The modules of `config` without their values: names and shapes, but for the vocabulary's."""
+def outline(config: ModelConfig, *, vocab: int = 1, length: int = 1) -> nn.Module:
+    """The modules of `config` without their values: names and shapes; errors as `build_model`.
+
+    Without `vocab` and `length` those of a preset's embeddings mean nothing. Weights of a directory
+    are not read.
+    """
     path = Path(config.preset)
     if path.is_dir() and config.preset not in PRESETS:
+        _has_weights(path)
         config = replace(config, preset=str(path / "config.json"))
     with torch.device("meta"):
-        return build_model(config, vocab=1, length=1, seed=0).model
+        return build_model(config, vocab=vocab, length=length, seed=0).model
 
 
 def next_token_loss(model: nn.Module, batch_BT: torch.Tensor) -> torch.Tensor:
@@ -139,6 +144,7 @@ def _multiple_of_8(value: float) -> int:
 
 
 def _local_config(path: Path, config: ModelConfig) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if config.layers or config.hidden:
@@ -152,7 +158,7 @@ def _local_config(path: Path, config: ModelConfig) -> Any:
         raise ConfigError(f"{directory} has no {name}. Give a Hugging Face model directory.")
     try:
         return AutoConfig.from_pretrained(directory / name, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ConfigError(f"{directory / name} is not a model configuration: {error}") from error
 
 

@@ -69,7 +69,7 @@ def open_world(train: TrainSection) -> Iterator[World]:
 
     A process group that is already open is used and left open.
     """
-    device = _device(train.device)
+    device = device_of(train.device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World("single", device)
@@ -178,7 +178,8 @@ def _join(backend: str) -> None:
         ) from error
 
 
-def _device(asked: str) -> torch.device:
+def device_of(asked: str) -> torch.device:
+    """The device of this process for "auto", "cpu" or "cuda"; ConfigError where there is none."""
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

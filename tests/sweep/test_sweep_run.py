@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import sweeps
 from sweeps import config_of, design_of, facts_of, write_corpus
 
 import halfulp
-from halfulp.errors import ConfigError, DataError, RunError
+from halfulp.errors import ConfigError, DataError, HalfulpError, RunError
 from halfulp.policy import Policy
 from halfulp.run import Run
 from halfulp.sweep.run import run_design
@@ -131,7 +132,7 @@ def refusing(path: Path, pattern: str) -> str:
 
 def test_a_recipe_that_the_model_cannot_take_is_refused_once_and_named(corpus, tmp_path):
     file = refusing(tmp_path / "mine.toml", "layers.7.ffn")
-    design = design_of(corpus, recipes=["fp32", file])
+    design = design_of(corpus, recipes=["fp32", file, "te_current"])
     table = run_design(design, tmp_path / "sweep")
     refused = [r for r in table.results if r.status == "refused"]
     assert [r.recipe for r in refused] == ["mine.toml"]
@@ -139,24 +140,69 @@ def test_a_recipe_that_the_model_cannot_take_is_refused_once_and_named(corpus, t
     assert not refused[0].lost
     assert [r.recipe for r in table.results].count("fp32") == 4
     told, options = events()
-    assert len(run_design(design, tmp_path / "sweep", **options).results) == 5
+    assert len(run_design(design, tmp_path / "sweep", **options).results) == 9
     assert [e["event"] for e in told] == ["begin"]
 
 
-def test_a_reference_that_the_model_cannot_take_ends_the_sweep(corpus, tmp_path):
+def test_recipes_that_the_model_cannot_take_are_refused_before_there_is_a_directory(
+    corpus, tmp_path
+):
+    """The reference, or all of the others."""
     file = refusing(tmp_path / "mine.toml", "layers.7.ffn")
-    design = design_of(corpus, recipes=["fp32", file], reference=file)
-    for _ in range(2):  # and does so each time
-        with pytest.raises(ConfigError, match=r"reference mine\.toml cannot be trained on corpus"):
+    for reference, why in (
+        ("mine.toml", r"the reference mine\.toml cannot be trained on corpus: .*layers\.7\.ffn"),
+        ("fp32", r"none of the recipes but the reference fp32\. mine\.toml on corpus: .*layers\.7"),
+    ):
+        named = file if reference == "mine.toml" else reference
+        design = design_of(corpus, recipes=["fp32", file], reference=named)
+        with pytest.raises(ConfigError, match=why):
             run_design(design, tmp_path / "sweep")
-    assert len(read_sweep(tmp_path / "sweep").results) == 1
+        assert not (tmp_path / "sweep").exists()
 
 
-def test_a_model_that_cannot_be_built_ends_the_sweep_at_its_first_run(corpus, tmp_path):
-    config = config_of(corpus, model={"preset": "llama-tiny", "hidden": 40})
-    with pytest.raises(ConfigError, match=r"hidden = 40 does not fit"):
-        run_design(design_of(corpus, config=config), tmp_path / "sweep")
-    assert len(read_sweep(tmp_path / "sweep").results) == 1
+def local_model(folder: Path, **values) -> dict:
+    """The section [model] of a Hugging Face directory without weights."""
+    folder.mkdir()
+    shape = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 300}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+    (folder / "config.json").write_text(json.dumps(shape | values))
+    return {"preset": str(folder), "hidden": 0, "layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        ({"model": {"hidden": 40}}, "hidden = 40 does not fit"),
+        ({"model": {"preset": "nothing"}}, "'nothing' is neither a preset nor a local path"),
+        ({"model": {"vocab_size": 8}}, "has 8 token ids and the data needs"),
+        ({"model": {"max_position_embeddings": 4}}, "has 4 positions and data.length is 16"),
+        ({"model": {"hidden_size": "wide"}}, "is not a model configuration"),
+        ({"data": {"tokenizer": "nowhere.json"}}, "nowhere.json"),
+        ({"data": {"length": 100_000}}, "shorten the window"),
+        ({"data": {"source": ["/nowhere"]}}, "/nowhere does not exist"),
+        ({"run": {"trackers": ["tensorboard"]}}, r"halfulp\[track\]"),
+        ({"blockwise": {"ratios": "emb=10,vo=4", "guard": True}}, "vo"),
+    ],
+)  # fmt: skip
+def test_what_no_run_could_begin_with_leaves_nothing_on_disk(
+    corpus, tmp_path, monkeypatch, sections, why
+):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    model = sections.get("model", {})
+    if model.keys() - {"hidden", "preset"}:
+        sections = {"model": local_model(tmp_path / "model", **model)}
+    with pytest.raises(HalfulpError, match=why):
+        run_design(design_of(corpus, config=config_of(corpus, **sections)), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_is_replaced_by_force_only_when_the_new_one_can_begin(imagined, corpus, tmp_path):
+    path = tmp_path / "sweep"
+    run_design(imagined.design, path)
+    broken = design_of(corpus, data={"a": [str(tmp_path / "none")]})
+    with pytest.raises(DataError, match="none does not exist"):
+        run_design(broken, path, force=True)
+    assert facts_of(read_sweep(path).results) == facts_of(imagined.results)
 
 
 def test_a_machine_without_room_stops_the_sweep_and_is_no_failure(imagined, tmp_path, monkeypatch):
@@ -257,14 +303,11 @@ def test_numbers_that_mean_nothing_are_refused(whole, tmp_path, options):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_data_that_cannot_be_read_or_are_too_short_come_before_any_run(corpus, tmp_path):
+def test_one_of_two_data_sets_that_cannot_be_read_is_enough(corpus, tmp_path):
     design = design_of(corpus, data={"a": [str(corpus)], "b": [str(tmp_path / "none")]})
     with pytest.raises(DataError, match="none does not exist"):
         run_design(design, tmp_path / "sweep")
-    assert read_sweep(tmp_path / "sweep").results == ()
-    long = config_of(corpus, data={"source": [str(corpus)], "length": 100_000})
-    with pytest.raises(DataError, match="shorten the window"):
-        run_design(design_of(corpus, config=long), tmp_path / "long")
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_two_data_sets_are_two_sweeps_in_one(whole, corpus, tmp_path):
