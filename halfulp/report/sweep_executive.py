@@ -19,6 +19,7 @@ from halfulp.report.tables import mark
 from halfulp.sweep.cost import tokens_needed
 from halfulp.sweep.money import Cost
 from halfulp.sweep.ranges import Range
+from halfulp.sweep.verdict import percent_of
 from halfulp.sweep.window import Window
 
 MOST_ROWS, MOST_BARS = 5, 4  # precisions in the table and the chart, the reference among them
@@ -222,9 +223,17 @@ def _verdicts(choice: Choice) -> Markup:
         head = head[:5]
     rows = [_row(choice, recipe, status.get(recipe, ""))[: len(head)] for recipe in shown]
     numeric = frozenset(range(2, len(head)))
-    more = tag("p", choice.say("more", n=hidden), class_="note") if hidden else None
+    notes = [choice.say("more", n=hidden)] if hidden else []
+    notes += [text for text in [_family(choice)] if text]
     made = table(head, rows, numeric=numeric, caption=choice.say("verdicts"))
-    return join(tag("h2", choice.say("verdicts")), made, more)
+    note = tag("p", " ".join(notes), class_="note") if notes else None
+    return join(tag("h2", choice.say("verdicts")), made, note)
+
+
+def _family(choice: Choice) -> str:
+    """For how many comparisons the verdicts hold together; "" for a single one."""
+    level, count = choice.judged.family
+    return "" if count == 1 else choice.say("family", n=count, level=percent_of(level))
 
 
 def _row(choice: Choice, recipe: str, status: str) -> list[Child]:

@@ -25,11 +25,12 @@ from halfulp.report.sweep_tables import (
 from halfulp.report.tables import mark
 from halfulp.run import Run
 from halfulp.sweep.inputs import Inputs
+from halfulp.sweep.interval import LEVEL
 from halfulp.sweep.money import Money, money
 from halfulp.sweep.row import Row
 from halfulp.sweep.store import read_sweep
 from halfulp.sweep.table import Table
-from halfulp.sweep.verdict import Verdict, verdicts
+from halfulp.sweep.verdict import Verdict, percent_of, verdicts
 
 BAR_NATS = 0.01
 
@@ -44,6 +45,12 @@ class Judged:
     bills: Money | None
     bar_nats: float
     environment: Mapping[str, Any]
+
+    @property
+    def family(self) -> tuple[float, int]:
+        """The level of each verdict, and how many recipes are judged."""
+        judged = [v for v in self.verdicts if v.criteria]
+        return (judged[0].level, judged[0].comparisons) if judged else (LEVEL, 1)
 
     @property
     def compared(self) -> tuple[Row, ...]:
@@ -106,8 +113,21 @@ def _first_screen(judged: Judged, name: str) -> Markup:
         tag("p", f"halfulp report · {name}", class_="kicker"),
         tag("h1", headline(judged)),
         tag("p", _coverage(judged.table), class_="lead"),
-        tag("div", tag("ul", *items, class_="findings"), class_="card"),
+        tag("div", tag("ul", *items, class_="findings"), _family(judged), class_="card"),
     )
+
+
+def _family(judged: Judged) -> Markup | None:
+    """For how many comparisons the verdicts hold together; None for a single one."""
+    level, count = judged.family
+    if count == 1:
+        return None
+    text = (
+        f"{count} recipes are judged, each at {percent_of(level)}, so that all that is said of "
+        "them here holds together at 95 % (Bonferroni). Figures and tables below show each recipe "
+        "by itself, at 95 %."
+    )
+    return tag("p", text, class_="note")
 
 
 def headline(judged: Judged) -> str:

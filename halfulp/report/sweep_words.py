@@ -51,6 +51,8 @@ _ENGLISH = {
     "at_least": "at least {octaves}",
     "no_window": "none",
     "refused": "the model cannot take it",
+    "family": "{n} precisions are judged, each at {level}, so that all verdicts hold together at "
+    "95 %; the intervals shown are 95 % each.",
     "more": "{n} more precisions are in the engineers' page.",
     "bill": "Expected total cost until one run has succeeded, {reference} = 1",
     "bill_parts": "one run|its retries|search for the learning rate",
@@ -176,6 +178,8 @@ _JAPANESE = {
     "at_least": "{octaves} 以上",
     "no_window": "なし",
     "refused": "このモデルでは使用不可",
+    "family": "{n} 方式を同時に判定するため、各判定は {level} の水準で行い、全体として 95 % を"
+    "保つ。表示の区間はそれぞれ 95 %。",
     "more": "ほかの {n} 方式は技術者向けの資料を参照。",
     "bill": "学習を 1 回成功させるまでの総費用の見込み（{reference} = 1）",
     "bill_parts": "学習 1 回分|失敗のやり直し|学習率の探索",

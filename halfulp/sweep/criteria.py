@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from halfulp.sweep.cost import expected_attempts, success_lower_bound
 from halfulp.sweep.evidence import Evidence
 from halfulp.sweep.failures import Failures
-from halfulp.sweep.interval import Interval
+from halfulp.sweep.interval import LEVEL, Interval
 from halfulp.sweep.money import Cost, Money
 from halfulp.sweep.ranges import Range
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from halfulp.sweep.table import Row
 
 PASS, FAIL, UNKNOWN = "pass", "fail", "could not tell"
-LEVEL = 0.05  # of Fisher's exact test
 MOST = 64  # times as many seeds is as far as one looks for an answer
+_MOST_SEEDS = 1000
 _SHOWN = 0.9  # the success probability that a reader is told how to show
 
 
@@ -43,60 +45,68 @@ def overall(statuses: Sequence[str]) -> str:
     return next((s for s in (FAIL, UNKNOWN) if s in statuses), PASS)
 
 
-def judge_loss(rows: "Sequence[Row]", bar_nats: float) -> Criterion:
-    """The paired gap at each recipe's own best learning rate, on the data set where it is worst."""
+def judge_loss(rows: "Sequence[Row]", bar_nats: float, level: float) -> Criterion:
+    """The paired gap at each recipe's own best learning rate, on the data set where it is worst.
+
+    The intervals of `rows` are at `level`.
+    """
     order = (FAIL, UNKNOWN, PASS)
-    judged = [_judge_gap(row.gap, bar_nats, _on(row, rows)) for row in rows]
+    judged = [_judge_gap(row.gap, bar_nats, level, _on(row, rows)) for row in rows]
     return min(judged, key=lambda c: order.index(c.status))
 
 
-def _judge_gap(gap: Interval | None, bar_nats: float, on: str) -> Criterion:
+def _judge_gap(gap: Interval | None, bar_nats: float, level: float, on: str) -> Criterion:
     if gap is None:
         return Criterion(name="loss", status=UNKNOWN, text=f"no loss to compare{on}")
     ends = f"[{_nats(gap.low)}, {_nats(gap.high)}]"
     text = f"loss {_nats(gap.value)} nats {ends}{on} against a bar of {bar_nats:g}"
-    status, changes = _against(gap, bar_nats)
+    status, changes = _against(gap, bar_nats, level)
     return Criterion(name="loss", status=status, text=text, changes=changes)
 
 
-def _against(gap: Interval, bar_nats: float) -> tuple[str, tuple[str, ...]]:
+def _against(gap: Interval, bar_nats: float, level: float) -> tuple[str, tuple[str, ...]]:
     if gap.high < bar_nats:
         return PASS, (f"a bar below {_nats(gap.high)} nats would not be met for certain",)
     if gap.low > bar_nats:
         return FAIL, (f"a bar above {_nats(gap.high)} nats would be met",)
-    seeds = seeds_for(gap, bar_nats)
-    found = "no number of seeds up to 1000" if seeds is None else f"about {seeds} seeds"
+    seeds = seeds_for(gap, bar_nats, level)
+    found = f"no number of seeds up to {_MOST_SEEDS}" if seeds is None else f"about {seeds} seeds"
     return UNKNOWN, (f"{found} would tell on which side of the bar the loss is, if its mean stays",)
 
 
-def seeds_for(gap: Interval, bar_nats: float) -> int | None:
+def seeds_for(gap: Interval, bar_nats: float, level: float = LEVEL) -> int | None:
     """Seeds until Student's interval no longer holds the bar, with mean and scatter as they are.
 
-    2 where one seed says nothing about the scatter; None if 1000 are not enough.
+    `level`: of `gap` and of that interval. 2 where one seed says nothing about the scatter; None if
+    `_MOST_SEEDS` are not enough.
     """
     from scipy.stats import t
 
     if gap.n < 2 or not math.isfinite(gap.high - gap.low):
         return 2
-    scatter = (gap.high - gap.low) / 2 * math.sqrt(gap.n) / t.ppf(0.975, gap.n - 1)
-    away = abs(gap.value - bar_nats)
-    enough = (n for n in range(gap.n, 1001) if t.ppf(0.975, n - 1) * scatter < away * math.sqrt(n))
-    return next(enough, None)
+    tail, n = (1 + level) / 2, np.arange(gap.n, _MOST_SEEDS + 1)
+    scatter = (gap.high - gap.low) / 2 * math.sqrt(gap.n) / t.ppf(tail, gap.n - 1)
+    enough = n[t.ppf(tail, n - 1) * scatter < abs(gap.value - bar_nats) * np.sqrt(n)]
+    return int(enough[0]) if len(enough) else None
 
 
-def judge_failures(own: Evidence, reference: Evidence) -> Criterion:
-    """Failed runs at each recipe's own best learning rate; the answer must hold for lost runs."""
+def judge_failures(own: Evidence, reference: Evidence, level: float) -> Criterion:
+    """Failed runs at each recipe's own best learning rate; the answer must hold for lost runs.
+
+    Fisher's exact test is at 1 − `level`.
+    """
     mine, theirs = own.failures, reference.failures
     text = f"{_failed(mine)}; of {reference.recipe} {theirs.failed} of {theirs.runs}{_lost(theirs)}"
     if not mine.runs or not theirs.runs:
         return Criterion(name="failures", status=UNKNOWN, text=text, changes=_again(mine, theirs))
-    if _more(mine.best, theirs.worst):
-        fewer = max(k for k in range(mine.failed) if not _more(Failures(k, mine.runs), theirs))
+    if _more(mine.best, theirs.worst, level):
+        possible = (Failures(k, mine.runs) for k in range(mine.failed))
+        fewer = max(f.failed for f in possible if not _more(f, theirs, level))
         change = f"{fewer} failures of {mine.runs} runs would not be significantly more"
         return Criterion(name="failures", status=FAIL, text=text, changes=(change,))
     if mine.worst.failed * theirs.best.runs <= theirs.best.failed * mine.worst.runs:
         return Criterion(name="failures", status=PASS, text=text, changes=_to_show(mine))
-    changes = (*_again(mine, theirs), *_to_tell(mine, theirs))
+    changes = (*_again(mine, theirs), *_to_tell(mine, theirs, level))
     return Criterion(name="failures", status=UNKNOWN, text=text, changes=changes)
 
 
@@ -108,14 +118,14 @@ def _failed(failures: Failures) -> str:
     return f"{found} ({bound}, {attempts} attempts expected){_lost(failures)}"
 
 
-def _more(own: Failures, reference: Failures) -> bool:
+def _more(own: Failures, reference: Failures, level: float) -> bool:
     """Whether a larger share fails than of the reference's runs: Fisher's exact test, one-sided."""
     from scipy.stats import fisher_exact
 
     counts = [[f.failed, f.runs - f.failed] for f in (own, reference)]
     result: Any = fisher_exact(counts, alternative="greater")
     # 3 of 3 against 0 of 3 is exactly one in twenty.
-    return result.pvalue < LEVEL * (1 + 1e-9)
+    return result.pvalue < (1 - level) * (1 + 1e-9)
 
 
 def _again(own: Failures, reference: Failures) -> tuple[str, ...]:
@@ -123,13 +133,13 @@ def _again(own: Failures, reference: Failures) -> tuple[str, ...]:
     return (f"what the lost runs ({lost}) come to when run again",) if lost else ()
 
 
-def _to_tell(own: Failures, reference: Failures) -> tuple[str, ...]:
+def _to_tell(own: Failures, reference: Failures, level: float) -> tuple[str, ...]:
     """How many runs would make the observed difference significant."""
     if own.failed * reference.runs <= reference.failed * own.runs:
         return ()
     for factor in range(2, MOST):
         larger = [Failures(f.failed * factor, f.runs * factor) for f in (own, reference)]
-        if _more(*larger):
+        if _more(larger[0], larger[1], level):
             return (f"{larger[0].runs} runs with the same shares would show that more fail",)
     return ()
 

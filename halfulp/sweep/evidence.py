@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from halfulp.sweep.failures import Failures
+from halfulp.sweep.interval import LEVEL
 from halfulp.sweep.window import Window
 
 if TYPE_CHECKING:
@@ -47,8 +48,12 @@ class Evidence:
 
 
 def gather(table: "Table", recipe: str) -> Evidence:
-    """The evidence of `table` on `recipe`."""
-    rows = rows_of(table, recipe)
+    """The evidence of `table` on `recipe`; the interval of its window is at 95 %."""
+    return evidence_of(recipe, rows_of(table, recipe))
+
+
+def evidence_of(recipe: str, rows: "Sequence[Row]") -> Evidence:
+    """The evidence of the rows of `recipe`."""
     shares = [row.abandoned_fraction for row in rows if row.abandoned_fraction is not None]
     return Evidence(
         recipe=recipe,
@@ -62,9 +67,9 @@ def gather(table: "Table", recipe: str) -> Evidence:
     )
 
 
-def rows_of(table: "Table", recipe: str) -> "list[Row]":
-    """The rows of one recipe, one per data set."""
-    return [row for row in table.rows() if row.recipe == recipe]
+def rows_of(table: "Table", recipe: str, level: float = LEVEL) -> "list[Row]":
+    """The rows of one recipe, one per data set, with intervals at `level`."""
+    return [row for row in table.rows(level) if row.recipe == recipe]
 
 
 def _narrowest(windows: Sequence[Window | None]) -> Window | None:

@@ -1,4 +1,4 @@
-"""95 % intervals of means over seeds, honest with few of them.
+"""Intervals of means over seeds, honest with few of them; at 95 % unless another level is asked.
 
 The percentile bootstrap of a mean of n values never leaves their range: with 3 values it misses
 the mean whenever all lie on one side of it, one time in four for symmetric noise. Student's t is
@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 FEW = 8
+LEVEL = 0.95  # of every interval that is not said to have another
 _DRAWS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A value and its two-sided 95 % interval; `n` independent values (seeds) behind it.
+    """A value and its two-sided interval; `n` independent values (seeds) behind it.
 
     With one value the interval is infinite: nothing is known about its spread.
     """
@@ -33,27 +34,27 @@ class Interval:
         return self.low <= value <= self.high
 
 
-def mean_interval(values: np.ndarray) -> Interval | None:
+def mean_interval(values: np.ndarray, level: float = LEVEL) -> Interval | None:
     """The mean of independent values [n] with its interval; nan are left out, None if all are."""
     known = np.asarray(values, dtype=float)
     known = known[~np.isnan(known)]
     if not len(known):
         return None
-    return student(known) if len(known) < FEW else bootstrap_t(known)
+    return student(known, level) if len(known) < FEW else bootstrap_t(known, level)
 
 
-def student(values: np.ndarray) -> Interval:
+def student(values: np.ndarray, level: float = LEVEL) -> Interval:
     """Student's interval of the mean of values [n ≥ 1]."""
     from scipy import stats
 
     n, mean = len(values), float(values.mean())
     half = math.inf
     if n > 1:
-        half = float(stats.t.ppf(0.975, n - 1)) * float(stats.sem(values))
+        half = float(stats.t.ppf((1 + level) / 2, n - 1)) * float(stats.sem(values))
     return Interval(value=mean, low=mean - half, high=mean + half, n=n, method="Student")
 
 
-def bootstrap_t(values: np.ndarray) -> Interval:
+def bootstrap_t(values: np.ndarray, level: float = LEVEL) -> Interval:
     """Studentized bootstrap interval of the mean of values [n ≥ 2]."""
     n, mean = len(values), float(values.mean())
     error = float(values.std(ddof=1)) / math.sqrt(n)
@@ -62,7 +63,8 @@ def bootstrap_t(values: np.ndarray) -> Interval:
     # A draw of one value n times has no error of its own, and says nothing.
     kept = errors > 0
     pivots = (drawn.mean(axis=1) - mean)[kept] / errors[kept]
-    first, last = np.quantile(pivots, [0.025, 0.975]) if kept.any() else (0.0, 0.0)
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    first, last = np.quantile(pivots, ends) if kept.any() else (0.0, 0.0)
     low, high = mean - last * error, mean - first * error
     return Interval(value=mean, low=float(low), high=float(high), n=n, method="bootstrap-t")
 
@@ -83,15 +85,15 @@ def outer_quantiles(draws: np.ndarray, tail: float = 0.025) -> tuple[float, floa
     return float(low), float(np.quantile(draws, 1 - tail, method="higher"))
 
 
-def expanded_tail(n: int) -> float:
-    """The tail of draws that leaves out 2.5 % of the truth, for a statistic of n values.
+def expanded_tail(n: int, level: float = LEVEL) -> float:
+    """The tail of draws that leaves out (1 − level) / 2 of the truth, for a statistic of n values.
 
     A bootstrap draws with the variance (n − 1) / n of the sample's and as if it were known; this
     is Φ(−√(n / (n − 1)) t), Hesterberg (arXiv:1411.5279).
     """
     from scipy import stats
 
-    return float(stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf(0.025, n - 1)))
+    return float(stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 - level) / 2, n - 1)))
 
 
 def resamples(n: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from halfulp.sweep import cost
 from halfulp.sweep.defaults import ABANDONED, ASSUMPTIONS, PROXY_FRACTION, Default, defaults
 from halfulp.sweep.evidence import Evidence, gather
 from halfulp.sweep.inputs import Inputs
+from halfulp.sweep.interval import LEVEL
 from halfulp.sweep.ranges import Range, spanned
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ DRAWS = 20_000
 class Cost:
     """What one recipe costs until a run has succeeded, the search for its learning rate included.
 
-    Values are medians, ends those of 95 % intervals; with lost runs the low end is that of the best
-    case and the high end that of the worst. `retries` and `search` are in runs of the recipe,
-    `ratio` is over the cost of the reference, `break_even` the speed-up at which the ratio is 1.
-    `saves`: probability that the ratio is below 1. None where `missing` says what is not known, and
-    where nobody asked: hours need `gpu_hours`, dollars a price as well.
+    Values are medians, ends those of intervals (95 % unless said); with lost runs the low end is
+    that of the best case and the high end that of the worst. `retries` and `search` are in runs of
+    the recipe, `ratio` is over the cost of the reference, `break_even` the speed-up at which the
+    ratio is 1. `saves`: probability that the ratio is below 1. None where `missing` says what is
+    not known, and where nobody asked: hours need `gpu_hours`, dollars a price as well.
     """
 
     recipe: str
@@ -50,7 +51,8 @@ class Cost:
 class Money:
     """The bills of all recipes that the model took, and what they rest on.
 
-    `evidence` has one entry per bill; `octaves`: how many the best learning rate is uncertain by.
+    `evidence` has one entry per bill; `octaves`: how many the best learning rate is uncertain by;
+    `level`: of the intervals of the bills.
     """
 
     reference: str
@@ -60,6 +62,7 @@ class Money:
     evidence: tuple[Evidence, ...]
     defaults: tuple[Default, ...]
     assumptions: tuple[str, ...]
+    level: float = LEVEL
 
     def cost(self, recipe: str) -> Cost | None:
         """The bill of `recipe`; None for a refused one."""
@@ -72,7 +75,18 @@ class Money:
     def with_seeds(self, recipe: str, factor: int) -> Cost:
         """The bill if `factor` times as many seeds showed the same shares, and none were lost."""
         wanted = {e.recipe: e.times(factor) for e in self.evidence}
-        return bill(wanted[recipe], wanted[self.reference], self.inputs, octaves=self.octaves)
+        return self._bill(wanted[recipe], wanted[self.reference], self.level)
+
+    def at(self, level: float) -> "Money":
+        """The same bills with intervals at `level`."""
+        reference = next((e for e in self.evidence if e.recipe == self.reference), None)
+        if level == self.level or reference is None:
+            return self
+        costs = tuple(self._bill(e, reference, level) for e in self.evidence)
+        return replace(self, costs=costs, level=level)
+
+    def _bill(self, own: Evidence, reference: Evidence, level: float) -> Cost:
+        return bill(own, reference, self.inputs, octaves=self.octaves, level=level)
 
 
 def money(table: "Table", inputs: Inputs) -> Money:
@@ -96,22 +110,29 @@ def money(table: "Table", inputs: Inputs) -> Money:
     )
 
 
-def bill(evidence: Evidence, reference: Evidence, inputs: Inputs, *, octaves: float) -> Cost:
-    """The bill of one recipe against that of `reference`."""
+def bill(
+    evidence: Evidence,
+    reference: Evidence,
+    inputs: Inputs,
+    *,
+    octaves: float,
+    level: float = LEVEL,
+) -> Cost:
+    """The bill of one recipe against that of `reference`, with intervals at `level`."""
     retries, search = _draws(evidence, inputs, octaves)
     retries_reference, search_reference = _draws(reference, inputs, octaves)
     speedup, _ = inputs.speed_of(evidence.recipe, reference.recipe)
-    found = Cost(recipe=evidence.recipe, retries=spanned(retries), speedup=speedup)
+    found = Cost(recipe=evidence.recipe, retries=spanned(retries, level), speedup=speedup)
     if search is None or search_reference is None:
         who = evidence.recipe if search is None else reference.recipe
         return replace(found, missing=f"no learning rate is known that suits {who}")
-    found = replace(found, search=spanned(search))
+    found = replace(found, search=spanned(search, level))
     own = (1 + inputs.extra_tokens.get(evidence.recipe, 0.0)) * (retries + search)
     other = own
     if evidence.recipe != reference.recipe:
         # The recipe's best case is the reference's worst.
         other = (retries_reference + search_reference)[[0, 2, 1]]
-    return _priced(found, own, other, inputs)
+    return _priced(found, own, other, inputs, level)
 
 
 def _draws(
@@ -143,26 +164,26 @@ def _widths(evidence: Evidence) -> np.ndarray | None:
     return width.normal(_rng(f"window {evidence.recipe}"), DRAWS)
 
 
-def _priced(found: Cost, own: np.ndarray, other: np.ndarray, inputs: Inputs) -> Cost:
+def _priced(found: Cost, own: np.ndarray, other: np.ndarray, inputs: Inputs, level: float) -> Cost:
     """With everything that speed-up, hours and price give. own, other [case, n]: in runs."""
     price = inputs.price and inputs.price.triangular(_rng("price"), DRAWS)
     leaving = np.zeros(DRAWS)
     if own is not other and price is not None and inputs.gpu_hours is not None:
         leaving = inputs.adoption_usd / (inputs.gpu_hours * price)
-    found = replace(found, break_even=spanned(_ratio(own, other - leaving)))
+    found = replace(found, break_even=spanned(_ratio(own, other - leaving), level))
     if found.speedup is None:
         why = f"no speed-up of {found.recipe} over the reference is given or published"
         return replace(found, missing=why)
     runs = own / found.speedup.triangular(_rng(f"speed {found.recipe}"), DRAWS) + leaving
     ratio = _ratio(runs, other)
-    found = replace(found, ratio=spanned(ratio))
+    found = replace(found, ratio=spanned(ratio, level))
     if own is not other:
         found = replace(found, saves=float(np.mean(ratio[0] < 1)))
     if inputs.gpu_hours is None:
         return found
     hours = inputs.gpu_hours * (runs - leaving)
-    usd = None if price is None else spanned(inputs.gpu_hours * runs * price)
-    return replace(found, gpu_hours=spanned(hours), usd=usd)
+    usd = None if price is None else spanned(inputs.gpu_hours * runs * price, level)
+    return replace(found, gpu_hours=spanned(hours, level), usd=usd)
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

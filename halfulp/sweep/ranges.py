@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from halfulp.sweep.interval import LEVEL
+
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
@@ -37,15 +39,14 @@ def between(low: float, high: float) -> Range:
     return Range(value=(low + high) / 2, low=low, high=high)
 
 
-def spanned(draws: np.ndarray) -> Range:
-    """Of draws [known, best, worst case; n]: the median, and the ends of the 95 % interval.
+def spanned(draws: np.ndarray, level: float = LEVEL) -> Range:
+    """Of draws [known, best, worst case; n]: the median, and the ends of the interval at `level`.
 
     The low end is that of the best case, the high end that of the worst. All may be inf.
     """
     known, best, worst = draws
-    return Range(
-        value=_quantile(known, 0.5), low=_quantile(best, 0.025), high=_quantile(worst, 0.975)
-    )
+    low, high = _quantile(best, (1 - level) / 2), _quantile(worst, (1 + level) / 2)
+    return Range(value=_quantile(known, 0.5), low=low, high=high)
 
 
 def _quantile(draws: np.ndarray, q: float) -> float:

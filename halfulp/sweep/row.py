@@ -9,7 +9,7 @@ import numpy as np
 from halfulp.sweep.divergence import reason_of, score_nats
 from halfulp.sweep.failures import Failures
 from halfulp.sweep.gap import Gap, best_rate, gap_at, gap_at_best, mean_losses
-from halfulp.sweep.interval import Interval, mean_interval
+from halfulp.sweep.interval import LEVEL, Interval, mean_interval
 from halfulp.sweep.result import Result
 from halfulp.sweep.sensitivity import Sensitivity, sensitivity
 from halfulp.sweep.spikes import CONVENTIONS
@@ -55,7 +55,8 @@ class Row:
 
     Losses are min(held-out loss, loss at initialization) in nats/token, in the recipe's own
     arithmetic; a failed run without a loss counts as the latter, a lost one not at all. The best
-    learning rate is that of the smallest mean over seeds. Intervals are over seeds, 95 %.
+    learning rate is that of the smallest mean over seeds. Intervals are over seeds, at the level
+    that `Table.rows` was asked for, 95 % unless said.
 
     * `loss`: at `best_lr`; chosen on the same runs, and so on the low side.
     * `gap`: to the reference, each at its own best rate, chosen on the other seeds.
@@ -127,7 +128,7 @@ class Grid:
         return [r for row in self.results for r in row if r is not None]
 
 
-def make_row(grid: Grid, reference: Grid, *, initial_nats: float) -> Row:
+def make_row(grid: Grid, reference: Grid, *, initial_nats: float, level: float = LEVEL) -> Row:
     """The row of `grid`, paired with the reference's runs on the same data set.
 
     `initial_nats` is the loss of a model that has learned nothing, for runs that broke off before
@@ -138,8 +139,8 @@ def make_row(grid: Grid, reference: Grid, *, initial_nats: float) -> Row:
     is_reference = grid.recipe == reference.recipe
     gap = same = None
     if star is not None and not is_reference:
-        gap = gap_at_best(losses, reference_losses)
-        same = gap_at(losses, reference_losses, star)
+        gap = gap_at_best(losses, reference_losses, level)
+        same = gap_at(losses, reference_losses, star, level)
     lrs = np.array(grid.lrs)
     star_nats = math.nan if star is None else float(mean_losses(reference_losses)[star])
     points = _points(grid, initial_nats, star_nats)
@@ -156,18 +157,20 @@ def make_row(grid: Grid, reference: Grid, *, initial_nats: float) -> Row:
         tokens=max((r.tokens for r in done), default=0),
         parameters=max((r.parameters for r in done), default=0),
         best_lr=None if best is None else grid.lrs[best],
-        loss=None if best is None else mean_interval(losses[best]),
+        loss=None if best is None else mean_interval(losses[best], level),
         gap=gap,
         gap_same_lr=same,
-        window=window(losses, reference_losses, lrs),
-        sensitivity=sensitivity(losses, reference_losses, lrs),
+        window=window(losses, reference_losses, lrs, level=level),
+        sensitivity=sensitivity(losses, reference_losses, lrs, level),
         failures=_failures(points, [] if best is None else [best]),
         failures_window=_failures(points, rates_within(reference_losses)),
         failures_grid=_failures(points, range(len(points))),
         sharpness=_mean(grid, star, lambda r: r.sharpness),
         logz=_mean(grid, star, lambda r: r.logz),
-        sharpness_ratio=_ratio(grid, reference, star, lambda r: r.sharpness),
-        sharpness_centered_ratio=_ratio(grid, reference, star, lambda r: r.sharpness_centered),
+        sharpness_ratio=_ratio(grid, reference, star, level, lambda r: r.sharpness),
+        sharpness_centered_ratio=_ratio(
+            grid, reference, star, level, lambda r: r.sharpness_centered
+        ),
         spikes=_spikes(grid, best),
         abandoned_fraction=_abandoned(points),
     )
@@ -195,14 +198,18 @@ def _mean(grid: Grid, rate: int | None, of: Callable[[Result], float]) -> float 
 
 
 def _ratio(
-    grid: Grid, reference: Grid, rate: int | None, of: Callable[[Result], float]
+    grid: Grid,
+    reference: Grid,
+    rate: int | None,
+    level: float,
+    of: Callable[[Result], float],
 ) -> Interval | None:
     """Geometric mean of the ratios to the reference by seed, its interval by their logarithms."""
     if rate is None or grid.recipe == reference.recipe:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(grid.finished(of)[rate]) - np.log(reference.finished(of)[rate])
-    interval = mean_interval(logs[np.isfinite(logs)])
+    interval = mean_interval(logs[np.isfinite(logs)], level)
     if interval is None:
         return None
     with np.errstate(over="ignore"):

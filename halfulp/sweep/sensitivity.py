@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from halfulp.sweep.gap import best_rate
-from halfulp.sweep.interval import Interval, mean_interval
+from halfulp.sweep.interval import LEVEL, Interval, mean_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Sensitivity:
 
 
 def sensitivity(
-    losses_LS: np.ndarray, reference_LS: np.ndarray, lrs: np.ndarray
+    losses_LS: np.ndarray, reference_LS: np.ndarray, lrs: np.ndarray, level: float = LEVEL
 ) -> Sensitivity | None:
     """E over η in [first, last] of ℓ(η) − ℓ*, by seed, ℓ linear in log η between the rates.
 
@@ -35,8 +35,8 @@ def sensitivity(
         return None
     x = np.log2(lrs)
     mean_S = np.trapezoid(losses_LS, x, axis=0) / (x[-1] - x[0])
-    above_own = mean_interval(mean_S - losses_LS[own])
-    above_reference = mean_interval(mean_S - reference_LS[reference])
+    above_own = mean_interval(mean_S - losses_LS[own], level)
+    above_reference = mean_interval(mean_S - reference_LS[reference], level)
     if above_own is None or above_reference is None:
         return None
     return Sensitivity(own=above_own, reference=above_reference)

@@ -11,7 +11,7 @@ import numpy as np
 
 from halfulp.errors import RunError
 from halfulp.sweep.design import Design
-from halfulp.sweep.interval import mean_interval
+from halfulp.sweep.interval import LEVEL, mean_interval
 from halfulp.sweep.result import Result
 from halfulp.sweep.row import Grid, Row, make_row
 from halfulp.sweep.split import Split, rounding_pairs
@@ -66,10 +66,11 @@ class Table:
         """Names of the data sets."""
         return tuple(self.design.data)
 
-    def rows(self) -> tuple[Row, ...]:
-        """Data set by data set, the reference first."""
+    def rows(self, level: float = LEVEL) -> tuple[Row, ...]:
+        """Data set by data set, the reference first; with intervals at `level`."""
         others = [recipe for recipe in self.recipes if recipe != self.reference]
-        return tuple(self._rows[r, d] for d in self.data for r in (self.reference, *others))
+        found = self._rows if level == LEVEL else self._rows_at(level)
+        return tuple(found[r, d] for d in self.data for r in (self.reference, *others))
 
     def row(self, recipe: str, data: str | None = None) -> Row:
         """The row of `recipe`; `data` may be left out where there is one data set.
@@ -106,11 +107,15 @@ class Table:
 
     @cached_property
     def _rows(self) -> Mapping[tuple[str, str], Row]:
+        return self._rows_at(LEVEL)
+
+    def _rows_at(self, level: float) -> Mapping[tuple[str, str], Row]:
         return {
             (recipe, data): make_row(
                 self._grid(recipe, data),
                 self._grid(self.reference, data),
                 initial_nats=self._initial_nats(data),
+                level=level,
             )
             for data in self.data
             for recipe in self.recipes

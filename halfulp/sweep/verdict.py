@@ -1,9 +1,9 @@
 """May this recipe replace the reference: one sentence per recipe, pass, fail or could not tell.
 
-loss      pass  on every data set the whole 95 % interval of the paired gap is below the bar
+loss      pass  on every data set the whole interval of the paired gap is below the bar
           fail  on one data set all of it is above
 failures  pass  no larger share of runs failed than of the reference's
-          fail  a significantly larger share did (Fisher's exact test, one-sided, 5 %)
+          fail  a significantly larger share did (Fisher's exact test, one-sided)
 window    pass  its interval is above 0: some learning rate comes near the reference's best loss
           fail  it is 0: none does
 cost      pass  the whole interval of the ratio of costs is below 1
@@ -12,6 +12,8 @@ verdict   pass  all of these pass
           fail  one fails
 
 Whatever is neither could not tell.
+Of m recipes each is judged at the level 1 − 5 % / m, its intervals and Fisher's test, so that what
+is said of all of them holds together at 95 % (Bonferroni; refused recipes do not count).
 Gap and failures are at each recipe's own best learning rate. Lost runs count as they hurt most: a
 pass holds when the recipe's lost runs all failed and the reference's did not, a fail when it is the
 other way round. Without inputs on money the cost is not judged; without a speed-up it could not
@@ -25,6 +27,8 @@ from typing import TYPE_CHECKING
 from halfulp.errors import ConfigError
 from halfulp.sweep import cost
 from halfulp.sweep.criteria import (
+    FAIL,
+    PASS,
     UNKNOWN,
     Criterion,
     judge_cost,
@@ -33,10 +37,12 @@ from halfulp.sweep.criteria import (
     judge_window,
     overall,
 )
-from halfulp.sweep.evidence import Evidence, gather, rows_of
+from halfulp.sweep.evidence import Evidence, evidence_of
+from halfulp.sweep.interval import LEVEL
 from halfulp.sweep.money import Money
 
 if TYPE_CHECKING:
+    from halfulp.sweep.row import Row
     from halfulp.sweep.table import Table
 
 
@@ -45,6 +51,8 @@ class Verdict:
     """A verdict with its sentence, the criteria behind it and the numbers that would change it.
 
     `horizon`: tokens of one run of the sweep over those of the user's run; None if not given.
+    `level`: of each interval in it, as one of `comparisons` recipes; `alone`: its status if it were
+    the only one, at 95 %.
     """
 
     recipe: str
@@ -53,6 +61,9 @@ class Verdict:
     criteria: tuple[Criterion, ...] = ()
     changes: tuple[str, ...] = ()
     horizon: float | None = None
+    level: float = LEVEL
+    comparisons: int = 1
+    alone: str = UNKNOWN
 
     def __str__(self) -> str:
         return self.sentence
@@ -72,35 +83,94 @@ def verdicts(
             "such as 0.01 nats per token."
         )
     others = [recipe for recipe in table.recipes if recipe != table.reference]
-    return tuple(_verdict(table, recipe, money, bar_nats) for recipe in others)
+    rows = table.rows()
+    refused = {row.recipe for row in rows if row.refused}
+    comparisons = max(1, len([recipe for recipe in others if recipe not in refused]))
+    level = joint_level(comparisons)
+    together = _Bench(
+        table.rows(level), table.reference, money and money.at(level), bar_nats, level
+    )
+    alone = _Bench(rows, table.reference, money, bar_nats, LEVEL)
+    return tuple(_verdict(recipe, together, alone, comparisons) for recipe in others)
 
 
-def _verdict(table: "Table", recipe: str, money: Money | None, bar_nats: float) -> Verdict:
-    own, reference = gather(table, recipe), gather(table, table.reference)
+def joint_level(comparisons: int) -> float:
+    """The level of each of so many intervals that hold together at `LEVEL` (Bonferroni)."""
+    return 1 - (1 - LEVEL) / comparisons
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What recipes are judged on: rows and bills with intervals at `level`."""
+
+    rows: "tuple[Row, ...]"
+    reference: str
+    money: Money | None
+    bar_nats: float
+    level: float
+
+    def evidence(self, recipe: str) -> Evidence:
+        return evidence_of(recipe, self._rows(recipe))
+
+    def criteria(self, recipe: str) -> list[Criterion]:
+        own, reference = self.evidence(recipe), self.evidence(self.reference)
+        found = [
+            judge_loss(self._rows(recipe), self.bar_nats, self.level),
+            judge_failures(own, reference, self.level),
+            judge_window(own, reference),
+        ]
+        bill = self.money.cost(recipe) if self.money else None
+        return [*found, judge_cost(bill, self.money)] if self.money and bill else found
+
+    def _rows(self, recipe: str) -> "list[Row]":
+        return [row for row in self.rows if row.recipe == recipe]
+
+
+def _verdict(recipe: str, bench: _Bench, alone: _Bench, comparisons: int) -> Verdict:
+    own = bench.evidence(recipe)
     if own.refused:
         sentence = f"{recipe}: {UNKNOWN}, the model cannot take it: {own.refused}"
         return Verdict(recipe=recipe, status=UNKNOWN, sentence=sentence)
-    criteria = [
-        judge_loss(rows_of(table, recipe), bar_nats),
-        judge_failures(own, reference),
-        judge_window(own, reference),
-    ]
-    bill = money.cost(recipe) if money else None
-    if money and bill:
-        criteria.append(judge_cost(bill, money))
+    criteria = bench.criteria(recipe)
     status = overall([c.status for c in criteria])
-    tokens = money.inputs.tokens if money else None
+    by_itself = status
+    if comparisons > 1:
+        by_itself = overall([c.status for c in alone.criteria(recipe)])
+    tokens = bench.money.inputs.tokens if bench.money else None
     # What decides comes first.
     told = sorted(criteria, key=lambda c: c.status != status)
-    parts = [*(c.text for c in told), *_coverage(own, tokens)]
+    parts = [*(c.text for c in told), *_family(bench.level, comparisons), *_coverage(own, tokens)]
+    changes = [change for c in told for change in c.changes]
     return Verdict(
         recipe=recipe,
         status=status,
         sentence=f"{recipe}: {status}, {'; '.join(parts)}",
         criteria=tuple(criteria),
-        changes=(*(change for c in told for change in c.changes), *_horizon(own, tokens)),
+        changes=(*_by_itself(status, by_itself, comparisons), *changes, *_horizon(own, tokens)),
         horizon=own.tokens / tokens if tokens else None,
+        level=bench.level,
+        comparisons=comparisons,
+        alone=by_itself,
     )
+
+
+def _family(level: float, comparisons: int) -> list[str]:
+    if comparisons == 1:
+        return []
+    each = percent_of(level)
+    return [f"one of {comparisons} recipes, each judged at {each} so that 95 % holds for all"]
+
+
+def percent_of(level: float) -> str:
+    """A level as text: "95 %", "98.3 %"."""
+    return f"{100 * level:.3g} %"
+
+
+def _by_itself(status: str, alone: str, comparisons: int) -> tuple[str, ...]:
+    if status == alone:
+        return ()
+    would = {PASS: "pass", FAIL: "fail"}.get(alone, "not be told")
+    return (f"alone, at 95 %, it would {would}; with {comparisons} recipes chance may do that",)
 
 
 def _coverage(own: Evidence, tokens: float | None) -> list[str]:

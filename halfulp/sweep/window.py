@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from halfulp.sweep.gap import best_rate, mean_losses
-from halfulp.sweep.interval import FEW, expanded_tail, outer_quantiles, resamples
+from halfulp.sweep.interval import FEW, LEVEL, expanded_tail, outer_quantiles, resamples
 
 SHARE = 0.02  # of the reference's best loss: the tolerance δ
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """A range of learning rates of `octaves` = log2(lr_high / lr_low), and its 95 % interval.
+    """A range of learning rates of `octaves` = log2(lr_high / lr_low), and its interval.
 
     0 octaves, and rates nan, where the recipe never comes within `delta_nats` of the reference's
     best loss. `open_low`, `open_high`: the range reaches the edge of the grid, or a rate without
@@ -48,6 +48,7 @@ def window(
     lrs: np.ndarray,
     *,
     delta_nats: float | None = None,
+    level: float = LEVEL,
 ) -> Window | None:
     """The largest contiguous range around the recipe's best rate with ℓ(η) ≤ ℓ*_ref + δ.
 
@@ -57,7 +58,7 @@ def window(
 
     With `FEW` seeds or more the interval is the bootstrap over seeds, the recipe's and the
     reference's drawn together, its percentiles expanded for small n. Fewer never leave their own
-    range (halfulp.sweep.interval), so there the curve is moved up and down by its 95 % band
+    range (halfulp.sweep.interval), so there the curve is moved up and down by its band at `level`
     (Student's, of the paired differences from the reference's best) and read off again; failed
     runs widen it.
     """
@@ -69,9 +70,9 @@ def window(
     x, n = np.log2(lrs), int((~np.isnan(losses_LS)).sum(axis=1).max())
     span = _span(_excess(losses_LS, reference_LS, delta_nats), x, best)
     if n < FEW:
-        low, high = _band(losses_LS - reference_LS[star] - delta_nats, x, best)
+        low, high = _band(losses_LS - reference_LS[star] - delta_nats, x, best, level)
     else:
-        low, high = _bootstrap(losses_LS, reference_LS, x, delta_nats)
+        low, high = _bootstrap(losses_LS, reference_LS, x, delta_nats, level)
     return Window(
         octaves=span.octaves,
         low=min(low, span.octaves),
@@ -151,7 +152,9 @@ def _edge(excess_L: np.ndarray, x: np.ndarray, inner: int, step: int) -> tuple[f
     return float(x[inner] + (x[outer] - x[inner]) * share), False
 
 
-def _band(differences_LS: np.ndarray, x: np.ndarray, best: int) -> tuple[float, float]:
+def _band(
+    differences_LS: np.ndarray, x: np.ndarray, best: int, level: float
+) -> tuple[float, float]:
     """Octaves at the upper and at the lower end of the band of the mean difference."""
     from scipy import stats
 
@@ -160,19 +163,23 @@ def _band(differences_LS: np.ndarray, x: np.ndarray, best: int) -> tuple[float, 
     freedom = np.maximum(count - 1, 1)
     squares = np.nansum((differences_LS - means[:, None]) ** 2, axis=1)
     error = np.sqrt(squares / freedom / np.maximum(count, 1))
-    half = np.where(count > 1, stats.t.ppf(0.975, freedom) * error, np.inf)
+    half = np.where(count > 1, stats.t.ppf((1 + level) / 2, freedom) * error, np.inf)
     return _span(means + half, x, best).octaves, _span(means - half, x, best).most
 
 
 def _bootstrap(
-    losses_LS: np.ndarray, reference_LS: np.ndarray, x: np.ndarray, delta_nats: float
+    losses_LS: np.ndarray,
+    reference_LS: np.ndarray,
+    x: np.ndarray,
+    delta_nats: float,
+    level: float,
 ) -> tuple[float, float]:
     drawn = resamples(losses_LS.shape[1])
     # [rates, draws, seeds] → [rates, draws]
     excess_LD = _excess(losses_LS[:, drawn], reference_LS[:, drawn], delta_nats)
     excess_LD = excess_LD[:, ~np.isnan(excess_LD).all(axis=0)]
     spans = [_span(column, x, int(np.nanargmin(column))) for column in excess_LD.T]
-    tail = expanded_tail(drawn.shape[1])
+    tail = expanded_tail(drawn.shape[1], level)
     low, _ = outer_quantiles(np.array([span.octaves for span in spans]), tail)
     _, high = outer_quantiles(np.array([span.most for span in spans]), tail)
     return low, high

@@ -35,7 +35,7 @@ class StandInTable:
     def recipes(self):
         return tuple(dict.fromkeys(row.recipe for row in self.all_rows))
 
-    def rows(self):
+    def rows(self, level=0.95):
         return self.all_rows
 
 

@@ -28,6 +28,19 @@ def test_few_values_have_students_interval():
     assert 2.0 not in found
 
 
+def test_another_level_is_another_quantile():
+    values = np.array([0.1, 0.4, -0.2])
+    found = mean_interval(values, 0.99)
+    low, high = stats.t.interval(0.99, 2, loc=values.mean(), scale=stats.sem(values))
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((low, high))
+    many = np.random.default_rng(3).normal(size=40)
+    for level in (0.8, 0.95, 0.99):
+        wide, exact = bootstrap_t(many, level), student(many, level)
+        assert wide.high - wide.low == pytest.approx(exact.high - exact.low, rel=0.15)
+    assert expanded_tail(6, 0.99) < expanded_tail(6) / 2
+
+
 def test_one_value_says_nothing_of_its_spread_and_none_nothing_at_all():
     one = mean_interval(np.array([math.nan, 0.3]))
     assert one is not None
