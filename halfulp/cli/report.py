@@ -27,6 +27,10 @@ def report(
         typer.Option(help="Step time of the reference over a recipe's: 1.35, or te_current=1.35,…"),
     ] = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens of one run: 2e12.")] = None,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(help="Another figure of the bill: proxy_fraction=0.02; may be repeated."),
+    ] = None,
     bar: Annotated[float, typer.Option(help="Nats per token that a recipe may cost.")] = 0.01,
     executive: Annotated[
         bool, typer.Option("--executive", help="Of a sweep: one printed page for whoever decides.")
@@ -41,11 +45,11 @@ def report(
 ) -> None:
     """Write an HTML page that compares runs, or judges a sweep.
 
-    The page needs no network. What it finds is also printed. With a GPU, price, GPU-hours, speed-up
-    or tokens the page on a sweep says what each recipe costs until one run has succeeded.
+    The page needs no network. What it finds is also printed. With anything on money (GPU to
+    assumption) the page on a sweep says what each recipe costs until one run has succeeded.
     """
     money = {"--gpu": gpu, "--price": price, "--gpu-hours": gpu_hours, "--speedup": speedup}
-    money |= {"--tokens": tokens}
+    money |= {"--tokens": tokens, "--assume": assume or None}
     page = {"--executive": executive or None, "--language": language, "--json": json_}
     given = [name for name, value in {**money, **page}.items() if value is not None]
     if not _is_sweep(runs):
@@ -56,7 +60,7 @@ def report(
     from halfulp.cli.report_sweep import inputs_of, report_sweep
 
     said = any(value is not None for value in money.values())
-    inputs = inputs_of(gpu, price, gpu_hours, speedup, tokens) if said else None
+    inputs = inputs_of(gpu, price, gpu_hours, speedup, tokens, assume or []) if said else None
     report_sweep(
         runs[0], out, inputs=inputs, title=title, bar_nats=bar, executive=executive,
         language=language or "en", json_=json_, force=force,

@@ -1,10 +1,12 @@
 """`halfulp report SWEEP`: the pages on a sweep, and its figures as JSON."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfulp.cli.common import check_outputs, command_line, plain
+from halfulp.cli.report_assume import assumptions
 from halfulp.cli.sweep_progress import damaged
 from halfulp.errors import ConfigError
 
@@ -53,6 +55,7 @@ def inputs_of(
     gpu_hours: float | None,
     speedup: str | None,
     tokens: float | None,
+    assume: Sequence[str],
 ) -> "Inputs":
     """The options on money as they are typed; ConfigError for one that is not understood."""
     from halfulp.sweep.inputs import Inputs, read_speedup
@@ -63,6 +66,7 @@ def inputs_of(
         gpu_hours=gpu_hours,
         speedup=None if speedup is None else read_speedup(speedup),
         tokens=tokens,
+        **assumptions(assume),
     )
 
 

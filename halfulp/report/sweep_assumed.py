@@ -38,6 +38,7 @@ def _given(choice: Choice, inputs: Inputs) -> list[str]:
         ("given_tokens", {"tokens": choice.large(inputs.tokens)} if inputs.tokens else None),
     ]
     said = [choice.say(key, **fields) for key, fields in found if fields]
+    said += [f"{name} = {value}" for name, value in inputs.assumed().items()]
     return [f"GPU {load_gpu(inputs.gpu).name}", *said] if inputs.gpu else said
 
 

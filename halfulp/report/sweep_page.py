@@ -270,7 +270,8 @@ def _bill(judged: Judged) -> Markup:
         )
         return join(tag("h2", "What it costs"), tag("div", text, class_="card"))
     drawing = bill_figure(bills.costs, f"total cost, {bills.reference} = 1")
-    assumed = [tag("li", text) for text in bills.assumptions]
+    given = (f"{name} = {value}, given." for name, value in bills.inputs.assumed().items())
+    assumed = [tag("li", text) for text in (*given, *bills.assumptions)]
     figures = assumed_table(bills) if bills.defaults else None
     return join(
         tag("h2", "What it costs until one run has succeeded"),

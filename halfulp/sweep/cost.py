@@ -13,6 +13,7 @@ import numpy as np
 from halfulp.errors import ConfigError
 
 Numbers = Any  # a float or an array of floats
+JEFFREYS = (0.5, 0.5)  # the Beta distribution of a probability of which nothing is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +152,16 @@ def interrupted_factor(
     return (1 / losses_per_hour + restart_hours) * stretch / spacing_hours
 
 
-def success_posterior(successes: Numbers, failures: Numbers) -> tuple[Numbers, Numbers]:
-    """(a, b) of the Beta distribution of p after s successes and f failures: (½ + s, ½ + f)."""
+def success_posterior(
+    successes: Numbers, failures: Numbers, *, prior: tuple[float, float] = JEFFREYS
+) -> tuple[Numbers, Numbers]:
+    """(a, b) of the Beta distribution of p after s successes and f failures: (½ + s, ½ + f).
+
+    `prior`: (a, b) before them, in the place of (½, ½).
+    """
     _check("successes", successes, 0, None)
     _check("failures", failures, 0, None)
-    return successes + 0.5, failures + 0.5
+    return successes + prior[0], failures + prior[1]
 
 
 def expected_attempts(successes: float, failures: float) -> float:

@@ -10,13 +10,14 @@ from statistics import median
 from halfulp.errors import ConfigError
 from halfulp.hardware import load_gpu
 from halfulp.speedups import Speedup, load_speedups
-from halfulp.sweep.cost import Guard
+from halfulp.sweep.cost import JEFFREYS, Guard
 from halfulp.sweep.ranges import Range, between, exactly
 
 _POSITIVE = (
     *("gpu_hours", "price_usd", "prior_octaves", "proxy_fraction", "search_seeds", "tokens"),
 )
 _MOST_SPEEDUP = 50.0  # beyond it only a percentage leads
+_MOST_PRIOR = 1e6
 Speed = float | tuple[float, float]  # a ratio, or its lowest and highest value
 
 
@@ -29,7 +30,8 @@ class Inputs:
     will run it; one for all recipes or one per recipe. prior_octaves: how many factors of two the
     best learning rate is uncertain by. proxy_fraction: cost of one run of the search over the cost
     of a run. tokens: of one run. extra_tokens: share that a recipe needs on top. adoption_usd: what
-    leaving the reference costs in people. guard: on every recipe alike.
+    leaving the reference costs in people. guard: on every recipe alike. success_prior: (a, b) of
+    the Beta distribution of the success probability before the sweep, of every recipe alike.
     """
 
     gpu_hours: float | None = None
@@ -43,10 +45,17 @@ class Inputs:
     extra_tokens: Mapping[str, float] = field(default_factory=dict)
     adoption_usd: float = 0.0
     guard: Guard | None = None
+    success_prior: tuple[float, float] = JEFFREYS
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             _positive(name, getattr(self, name))
+        if not all(0 < part < _MOST_PRIOR for part in self.success_prior):
+            raise ConfigError(
+                f"success_prior = {list(self.success_prior)} is no Beta distribution. Give two "
+                f"numbers > 0 and below {_MOST_PRIOR:g}: runs that have succeeded and failed, each "
+                "plus 0.5."
+            )
         if not (math.isfinite(self.adoption_usd) and self.adoption_usd >= 0):
             raise ConfigError(f"adoption_usd = {self.adoption_usd} is no bill. Give dollars >= 0.")
         speeds = self.speedup if isinstance(self.speedup, Mapping) else {"": self.speedup}
@@ -90,6 +99,22 @@ class Inputs:
         low, high = min(row.range[0] for row in rows), max(row.range[1] for row in rows)
         return Range(value=middle, low=low, high=high), rows
 
+    def assumed(self) -> dict[str, str]:
+        """What the user assumes, as `--assume` spells it; without what has its own option."""
+        found = {
+            "prior_octaves": self.prior_octaves,
+            "proxy_fraction": self.proxy_fraction,
+            "search_seeds": self.search_seeds,
+            "success_prior": None if self.success_prior == JEFFREYS else self.success_prior,
+            "adoption_usd": self.adoption_usd or None,
+            **{f"extra_tokens.{name}": share for name, share in self.extra_tokens.items()},
+            **{
+                f"guard.{name}": value
+                for name, value in (vars(self.guard) if self.guard else {}).items()
+            },
+        }
+        return {name: _spelled(value) for name, value in found.items() if value is not None}
+
     def check_recipes(self, recipes: Iterable[str], reference: str) -> None:
         """ConfigError for a speed-up or extra tokens of the reference or of none of `recipes`."""
         known = [recipe for recipe in recipes if recipe != reference]
@@ -105,6 +130,11 @@ class Inputs:
                 f"{name!r} is no recipe of this sweep. Nearest: {', '.join(near)}. "
                 "Name one of the sweep's recipes."
             )
+
+
+def _spelled(value: float | tuple[float, float]) -> str:
+    ends = ",".join(f"{part:g}" for part in value) if isinstance(value, tuple) else ""
+    return f"[{ends}]" if isinstance(value, tuple) else f"{value:g}"
 
 
 def read_speedup(text: str) -> Speed | dict[str, Speed]:

@@ -139,7 +139,8 @@ def _draws(
     evidence: Evidence, inputs: Inputs, octaves: float
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Compute of all attempts and of the search, in runs: draws [case, n] each."""
-    posteriors = [cost.success_posterior(*counts) for counts in evidence.cases()]
+    prior = inputs.success_prior
+    posteriors = [cost.success_posterior(*counts, prior=prior) for counts in evidence.cases()]
     success = np.stack([_rng(evidence.recipe).beta(a, b, DRAWS) for a, b in posteriors])
     share = ABANDONED if evidence.abandoned_fraction is None else evidence.abandoned_fraction
     retries = cost.expected_runs(success, abandoned_fraction=share, guard=inputs.guard)

@@ -66,6 +66,43 @@ def test_the_executive_page_names_the_command(sweep, tmp_path, capsys):
     assert 'lang="ja"' in page.read_text()
 
 
+GUARD = ["guard.spikes_per_hour=0.01", "guard.rollback_hours=9", "guard.rescue=0.5"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["prior_octaves=60"],
+        ["proxy_fraction=0.3"],
+        ["search_seeds=30"],
+        ["success_prior=[0.5,40]"],
+        ["extra_tokens.te_current=0.5"],
+        ["adoption_usd=30000"],
+        GUARD,
+    ],
+)
+def test_every_assumption_changes_the_bill_and_is_named_on_both_pages(
+    sweep, tmp_path, capsys, given
+):
+    said = [word for pair in given for word in ("--assume", pair)]
+    ratios = []
+    for name, more in (("a", []), ("b", said)):
+        file = tmp_path / f"{name}.json"
+        code, *_ = call(
+            capsys, sweep, "-o", tmp_path / f"{name}.html", "--json", file, *MONEY, *more
+        )
+        assert code == 0
+        costs = json.loads(file.read_text())["money"]["costs"]
+        ratios.append(next(c["ratio"] for c in costs if c["recipe"] == "te_current"))
+    assert ratios[0] != ratios[1]
+    page = tmp_path / "e.html"
+    assert call(capsys, sweep, "-o", page, "--executive", *MONEY, *said)[0] == 0
+    for pair in given:
+        name, _, value = pair.partition("=")
+        assert f"{name} = {value}" in (tmp_path / "b.html").read_text()
+        assert f"{name} = {value}" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -75,6 +112,23 @@ def test_the_executive_page_names_the_command(sweep, tmp_path, capsys):
         (["--speedup", "-1"], "speed"),
         (["--gpu-hours", "0"], "gpu_hours"),
         (["--bar", "0"], "bar"),
+        (["--assume", "proxy"], "Write NAME=VALUE"),
+        (["--assume", "proxy_fraction="], "is not understood"),
+        (["--assume", "proxy_fractio=1"], "Nearest: proxy_fraction"),
+        (["--assume", "proxy_fraction=cheap"], "is not understood"),
+        (["--assume", "proxy_fraction=true"], "has no number"),
+        (["--assume", "proxy_fraction=-1"], "proxy_fraction = -1 has no meaning"),
+        (["--assume", "prior_octaves=nan"], "prior_octaves = nan has no meaning"),
+        (["--assume", "search_seeds=1.5"], "seeds are counted"),
+        (["--assume", "success_prior=3"], "with two numbers"),
+        (["--assume", "success_prior=[0,1]"], "is no Beta distribution"),
+        (["--assume", "extra_tokens=0.1"], "Nearest: extra_tokens.RECIPE"),
+        (["--assume", "extra_tokens.te_curent=0.1"], "Nearest: te_current"),
+        (["--assume", "extra_tokens.te_current=-1"], "is no share"),
+        (["--assume", "guard.rescue=0.5"], "guard.spikes_per_hour and guard.rollback_hours too"),
+        (["--assume", "guard.rescu=0.5"], "Nearest: guard.rescue"),
+        (["--assume", "adoption_usd=100"], "Give the GPU-hours of the reference"),
+        (["--assume", "search_seeds=2", "--assume", "search_seeds=3"], "is given twice"),
         (["--language", "ja"], "--language belongs to --executive"),
         (["--executive", "--language", "fr"], "en and ja"),
     ],
@@ -91,7 +145,13 @@ def test_what_has_no_meaning_is_refused_and_nothing_is_written(
 
 @pytest.mark.parametrize(
     "options",
-    [["--gpu", "H200"], ["--tokens", "1e9"], ["--executive"], ["--json", "x.json"]],
+    [
+        ["--gpu", "H200"],
+        ["--tokens", "1e9"],
+        ["--assume", "search_seeds=2"],
+        ["--executive"],
+        ["--json", "x.json"],
+    ],
 )
 def test_options_of_a_sweep_are_not_ignored_for_runs(run, tmp_path, capsys, options):
     code, _, error = call(capsys, run, "-o", tmp_path / "r.html", *options)
