@@ -138,8 +138,13 @@ class _Local:
         end = time.monotonic() + _GRACE_S
         for worker in self._workers.values():
             worker.dismiss()
-        for worker in self._workers.values():
-            worker.end(max(0.0, end - time.monotonic()))
+        try:
+            for worker in self._workers.values():
+                worker.end(max(0.0, end - time.monotonic()))
+        except KeyboardInterrupt:  # asked for twice: now
+            for worker in self._workers.values():
+                worker.end(0.0)
+            raise
 
     def _free(self) -> "tuple[int, _Worker | None]":
         found = ((slot, self._workers.get(slot)) for slot in range(self._jobs))

@@ -10,7 +10,7 @@ import pytest
 import task_functions as f
 
 from halfulp.errors import MissingExtraError
-from halfulp.tasks import Outcome, cores, room, run_tasks
+from halfulp.tasks import Outcome, _Worker, cores, room, run_tasks
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="workers hold POSIX pipes")
@@ -182,6 +182,25 @@ def test_workers_end_when_the_iterator_is_closed():
     tasks = iter(range(9))
     with closing(run_tasks(f.who, lambda: next(tasks, None), jobs=2)) as running:
         pid = next(running).value[0]
+    wait_until_gone(pid)
+
+
+def test_no_worker_is_left_when_the_driver_is_interrupted_twice(monkeypatch):
+    """The second time while it waits for its workers; one of them is stopped and would stay."""
+    end = _Worker.end
+
+    def interrupted(worker: _Worker, seconds: float) -> None:
+        if seconds > 0:
+            raise KeyboardInterrupt
+        end(worker, seconds)
+
+    tasks = iter(range(9))
+    running = run_tasks(f.who, lambda: next(tasks, None), jobs=1)
+    pid = next(running).value[0]
+    os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setattr(_Worker, "end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        running.close()
     wait_until_gone(pid)
 
 

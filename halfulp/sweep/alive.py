@@ -79,7 +79,8 @@ class Watch:
 
     def begin(self, id: str) -> None:
         """A run is handed to a worker."""
-        beat_file(self._runs, id).unlink(missing_ok=True)
+        for file in (beat_file(self._runs, id), stack_file(self._runs, id)):
+            file.unlink(missing_ok=True)
         self._seen[id] = 0, time.monotonic()
         self._late.discard(id)
 

@@ -59,8 +59,10 @@ def test_a_second_try_begins_afresh(now, watch, tmp_path):
     watch.late("a")
     now[0] += 1000
     assert watch.late("a")
+    stack_file(tmp_path, "a").write_text("File …")
     watch.begin("a")
     assert not watch.late("a")
+    assert watch.why("a") == ""  # whatever the first try has left
     now[0] += START_S
     assert not watch.late("a")
 
