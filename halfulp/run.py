@@ -79,8 +79,9 @@ class Run:
     def open(cls, path: str | Path, *, writer: bool = True) -> "Run":
         """The existing run at `path`, to read or to go on with; RunError if there is none."""
         path = Path(path)
-        if not (path / "config.toml").is_file():
-            what = "has no config.toml" if path.is_dir() else "does not exist"
+        # os.path is False, and does not raise, where a folder above may not be entered.
+        if not os.path.isfile(path / "config.toml"):
+            what = "has no config.toml" if os.path.isdir(path) else "does not exist"
             raise RunError(f"{path} is asked for as a run, but {what}. Give a run directory.")
         return cls(path, writer=writer)
 

@@ -7,6 +7,7 @@ policies/            the policy files of the design
 runs/<id>/           the run directories, without checkpoints once they have a result
 """
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def write_policies(folder: Path, design: Design) -> None:
 
 def is_sweep(path: Path) -> bool:
     """Whether `path` holds a sweep's config.toml."""
-    if not (path / "config.toml").is_file():
+    if not os.path.isfile(path / "config.toml"):  # also where a folder may not be entered
         return False
     try:
         return "sweep" in Run.open(path, writer=False).config()

@@ -13,7 +13,7 @@ from halfulp import lock
 from halfulp.errors import ConfigError, RunError
 from halfulp.run import Run
 from halfulp.sweep.result import Result
-from halfulp.sweep.store import is_sweep, open_store, read_sweep
+from halfulp.sweep.store import check_place, is_sweep, open_store, read_sweep
 
 
 @pytest.fixture
@@ -219,3 +219,21 @@ def test_a_sweep_goes_on_after_its_directory_was_moved(filled, design, tmp_path)
     shutil.copytree(filled, moved)
     _, stored = begin(moved, design)
     assert len(stored.results) == 4
+
+
+def test_a_place_that_may_not_be_entered_is_named(design, tmp_path, monkeypatch):
+    """As any user but root finds it: nothing below can be looked at."""
+
+    def denied(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "sweep").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.stat", denied)
+        assert not is_sweep(tmp_path / "sweep")
+        with pytest.raises(RunError, match="does not exist"):
+            read_sweep(tmp_path / "sweep")
+        check_place(tmp_path / "sweep", design)  # to be made, which says why it cannot
+    monkeypatch.setattr("os.listdir", denied)
+    with pytest.raises(RunError, match="sweep cannot be read: Permission denied"):
+        check_place(tmp_path / "sweep", design)
