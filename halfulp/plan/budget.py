@@ -154,10 +154,11 @@ def _one_budget(*amounts: float | None) -> tuple[str, float]:
 
 
 def _check_numbers(unique: float | None, served: float, gpus: int | None) -> None:
-    if unique is not None and not (math.isfinite(unique) and unique >= 1e3):
+    if unique is not None and not FEWEST <= unique <= MOST:
         raise PlanError(
             f"{unique:g} unique tokens cannot be planned with: the unit is one token, not millions "
-            "or billions. Give for example 3e9."
+            f"or billions. Give {FEWEST:g} to {MOST:g}, such as 3e9; leave it out for as many as "
+            "are needed."
         )
     if not (math.isfinite(served) and served >= 0):
         raise PlanError(f"{served:g} served tokens are impossible. Give 0 or more.")

@@ -12,6 +12,7 @@ HEAD = 64
 PER_LAYER = 4 + 3 * 1376 / 512  # parameters of a layer of that preset over its width squared
 ASPECT = 100.0  # width over layers that large models have
 ROWS = 8  # sequences per micro-batch
+_WIDTHS = 256  # tried up to the ideal one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,8 @@ def shape_of(parameters: float) -> Shape:
             "Give a larger budget, or a smaller target loss."
         )
     ideal = (parameters * ASPECT / PER_LAYER) ** (1 / 3)
-    widths = range(HEAD, int(4 * ideal) + 2 * HEAD, HEAD)
+    step = HEAD * max(1, int(ideal / (_WIDTHS * HEAD)))
+    widths = range(step, int(4 * ideal) + 2 * step, step)
     shapes = [_with_width(parameters, width) for width in widths]
     off = [abs(math.log(shape.parameters / parameters)) for shape in shapes]
     near = [shape for shape, e in zip(shapes, off, strict=True) if e <= max(0.05, min(off))]

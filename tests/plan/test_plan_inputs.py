@@ -9,7 +9,7 @@ from halfulp.corpus.growth import Growth
 from halfulp.corpus.stats import Stats
 from halfulp.errors import DataError, PlanError
 from halfulp.plan.facts import read_facts
-from halfulp.plan.shape import PER_LAYER, PRESET, run_config, shape_of
+from halfulp.plan.shape import PER_LAYER, PRESET, Shape, run_config, shape_of
 from halfulp.plan.speeds import read_speeds
 from halfulp.toml import dumps
 from halfulp.train.config import load_config
@@ -120,6 +120,19 @@ def test_shapes_have_the_parameters_asked_for(parameters):
         assert 60 < shape.width / shape.layers < 170
     with pytest.raises(PlanError, match="fewer"):
         shape_of(1e4)
+
+
+def test_the_shape_of_an_absurd_size_is_found_among_as_many_as_that_of_a_usual_one(monkeypatch):
+    tried = []
+
+    def count(parameters, width):
+        tried.append(width)
+        return Shape(layers=round(parameters / (12 * width**2)) or 1, width=width, parameters=1.0)
+
+    monkeypatch.setattr("halfulp.plan.shape._with_width", count)
+    shape_of(1e18)
+    assert 500 < len(tried) < 2000
+    assert all(width % 64 == 0 for width in tried)
 
 
 def test_the_preset_has_the_parameters_per_layer_that_shapes_count():
