@@ -19,6 +19,8 @@ _APART = 0.05  # relative scatter of D around a power of N, below which the two 
 _UNITS = 3.0  # factor between C and 6 N D that another count of FLOPs explains
 _SMALLEST = 1e3  # parameters, and tokens: below it the column is in millions or billions
 _LARGEST = 1e18
+_RATIO = 1e-2, 1e6  # tokens per parameter of the middle run; beyond, one of them is in millions
+_HIGHEST = 20.0  # nats per token; guessing among 250,000 tokens costs 12.4
 _COLUMNS = {
     "parameters": ("n", "params", "parameters"),
     "tokens": ("d", "tokens"),
@@ -75,6 +77,7 @@ class Runs:
         for what, column in (("parameters", self.parameters), ("tokens", self.tokens)):
             _check_column(what, column)
         _check_losses(self.loss_nats)
+        _check_ratio(self.parameters, self.tokens)
         rows = set(zip(self.parameters, self.tokens, self.loss_nats, strict=True))
         if len(rows) < LEAST_RUNS:
             same = f" ({len(self)} rows, the others repeat one of them)" * (len(rows) < len(self))
@@ -215,6 +218,20 @@ def _check_losses(losses: NDArray[np.float64]) -> None:
                 f"a run has the loss {value:g}. Give the held-out loss in nats per token, above "
                 "0, and leave out runs that diverged."
             )
+        if value > _HIGHEST:
+            raise PlanError(
+                f"a run has the loss {value:g}, which is worse than guessing: it may be a "
+                "perplexity or a sum. Give nats per token, and leave out runs that diverged."
+            )
+
+
+def _check_ratio(n: NDArray[np.float64], d: NDArray[np.float64]) -> None:
+    ratio = float(np.median(d / n))
+    if not _RATIO[0] <= ratio <= _RATIO[1]:
+        raise PlanError(
+            f"the runs have about {ratio:.1g} tokens per parameter: the units of one of them are "
+            "off. Write single parameters and single tokens, such as 7e9 and 1.4e11."
+        )
 
 
 def _check_units(rows: Sequence[Row]) -> None:
