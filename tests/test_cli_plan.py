@@ -113,6 +113,7 @@ def test_a_corpus_gives_the_unique_tokens_and_the_criterion(type_):
         ("--target-loss 1.8173", "Give a larger target"),
         ("--target-loss 30", "a smaller target loss"),
         ("--gpu-hours 1000 --unique-tokens 1e6", "1e+06 unique tokens cannot use 1.42e+21 FLOPs"),
+        ("--gpu-hours 1000 --unique-tokens 1e300", "Give 1000 to 1e+18"),
         ("--flops 1e20 --length 5", "only matters to --write-config"),
         ("--flops 1e20 --json no/where.json", "cannot be written"),
         ("--flops 1e20 --html x --json x", "Give four names"),
@@ -203,8 +204,8 @@ def test_help_names_every_budget(type_):
 
 @pytest.mark.parametrize(
     ("language", "measured", "published"),
-    [("en", "At the speed that you gave, FP8", "By all published figures FP8"),
-     ("ja", "ご指定の速度では", "公表されている数値")],
+    [("en", "At the speed that you gave, FP8", "At every speed published"),
+     ("ja", "ご指定の速度では", "公表されているどの速度でも")],
 )  # fmt: skip
 def test_the_paragraph_says_whose_speed_it_is(type_, language, measured, published):
     own = type_(f"--gpu-hours 1000 --speed fp8=1.6 --language {language}")[1]

@@ -11,7 +11,7 @@ from halfulp.plan.kausik import emergence, growth_of
 from halfulp.plan.options import Comparison, Option
 from halfulp.plan.said import in_language
 from halfulp.report.amounts import amount, digits, dollars
-from halfulp.report.plan_words import unit_of, words
+from halfulp.report.plan_words import gpus_text, unit_of, words
 from halfulp.report.words import nats, share
 
 _LENGTH = 2048  # of a sequence, for the share of attention
@@ -81,9 +81,10 @@ def _compute(plan: Plan, language: str) -> str:
 
 def _time(plan: Plan, language: str) -> str:
     text = words("hours", language, amount=digits(plan.chosen.gpu_hours))
-    if plan.days is None:
+    if plan.gpus is None or plan.days is None:
         return text
-    return words("time_days", language, hours=text, days=digits(plan.days), gpus=plan.gpus)
+    gpus = gpus_text(plan.gpus, language)
+    return words("time_days", language, hours=text, days=digits(plan.days), gpus=gpus)
 
 
 def cost_text(o: Option, language: str = "en") -> str:

@@ -5,29 +5,30 @@ LANGUAGES = ("en", "ja")
 TEXTS = {
     "en": {
         "buys": "{hours} GPU-hours of {gpu}{cost} train a model of {n} parameters on {d} tokens in "
-        "{precision}{days}.",
-        "cost": ", about {usd} ({low} to {high} depending on the provider),",
+        "{precision}{days}, if training in BF16 reaches {mfu} of the peak speed there (30 to 50 % "
+        "is usual).",
+        "cost": ", about {usd} ({low} to {high} depending on the provider, prices of {date}),",
         "own_cost": ", about {usd} at your price,",
-        "days": ", in about {days} days on {gpus} GPUs",
+        "days": ", in about {days} days on {gpus}",
         "loss": "The expected loss is {loss} nats per token{band}.",
-        "band": " (most likely {low} to {high}: four chances in five if your text is like the "
-        "text behind the forecast)",
+        "band": " (four chances in five that the rule behind this forecast lies between {low} and "
+        "{high}; how your text and training differ, and the luck of a single run, come on top)",
         "no_band": "; how far off that may be is not known",
         "doubled": "Twice the budget would lower it by {gain} nats, which makes the model's "
         "uncertainty about the next word (perplexity) {percent} smaller.",
-        "precision_pays": "By all published figures {precision} gives a lower loss than BF16 for "
-        "the same GPU time.",
-        "precision_pays_measured": "At the speed that you gave, {precision} gives a lower loss "
-        "than BF16 for the same GPU time.",
+        "precision_pays": "At every speed published for the models nearest to this size, "
+        "{precision} should give a lower loss than BF16 for the same GPU time.",
+        "precision_pays_measured": "At the speed that you gave, {precision} should give a lower "
+        "loss than BF16 for the same GPU time.",
         "precision_open": "Whether {precision} really pays is open: it has to be at least {speed} "
         "times as fast as BF16 on your machines ({low} to {high} times is on record), and to add "
         "less than {margin} times the loss that is forecast for it. Try both on a short run "
         "first.",
         "repeated": "Your text is read {epochs} times; twice as much different text would lower "
         "the loss by {gain} nats at the same cost.",
-        "memory": "It does not fit into the memory of {gpus} GPUs: at least {least} are needed.",
-        "caution": "This plan uses {count} rules beyond the sizes they were tested on; try a "
-        "smaller run first and compare its loss with this forecast.",
+        "memory": "It does not fit into the memory of {gpus}: at least {least} are needed.",
+        "caution": "Of the rules behind this plan, {count} used beyond what they were tested on; "
+        "try a smaller run first and compare its loss with this forecast.",
         "title": "{n} parameters on {d} tokens in {precision}",
         "page": "{budget}: plan",
         "kicker": "Plan · {budget}",
@@ -57,7 +58,11 @@ TEXTS = {
         "compute_value": "{flops:.4g} FLOPs (6 N D); attention over {length:,} tokens would add "
         "{share}",
         "time": "GPU time",
-        "time_days": "{hours}: {days} days on {gpus} GPUs",
+        "time_days": "{hours}: {days} days on {gpus}",
+        "gpus": "{count:,} GPUs",
+        "one_gpu": "{count} GPU",
+        "rules": "{count} are",
+        "one_rule": "one is",
         "row_cost": "cost",
         "no_price": "– no price: give --price",
         "price_range": "{low} to {high} by listed prices",
@@ -140,27 +145,29 @@ TEXTS = {
     },
     "ja": {
         "buys": "{gpu} を {hours} GPU時間使うと{cost}、パラメータ数 {n} のモデルを {d} トークンで、"
-        "{precision} 精度で学習できます{days}。",
-        "cost": "(約 {usd}、業者により {low}〜{high})",
+        "{precision} 精度で学習できます{days}。これは BF16 での学習が最大性能の {mfu} に"
+        "達する場合です(通常は 30〜50 %)。",
+        "cost": "(約 {usd}、業者により {low}〜{high}、{date} の価格)",
         "own_cost": "(ご指定の単価で約 {usd})",
-        "days": "(GPU {gpus} 台で約 {days} 日)",
+        "days": "({gpus}で約 {days} 日)",
         "loss": "予想される損失は 1 トークンあたり {loss} ナットです{band}。",
-        "band": "(お使いの文章が予測の元になった文章と似ていれば、80 % の確率で {low}〜{high})",
+        "band": "(予測の元になった経験則は 80 % の確率で {low}〜{high} の範囲にあります。"
+        "文章や学習方法の違いと、学習 1 回ごとのばらつきはこれに加わります)",
         "no_band": "(どの程度外れるかは分かりません)",
         "doubled": "予算を 2 倍にすると損失は {gain} ナット下がり、次の単語についてのモデルの迷い"
         "(パープレキシティ)は {percent} 小さくなります。",
-        "precision_pays": "公表されている数値によれば、同じ GPU 時間で {precision} は BF16 より低い"
-        "損失になります。",
+        "precision_pays": "この規模に最も近いモデルについて公表されているどの速度でも、"
+        "同じ GPU 時間で {precision} は BF16 より低い損失になる見込みです。",
         "precision_pays_measured": "ご指定の速度では、同じ GPU 時間で {precision} は BF16 より低い"
-        "損失になります。",
+        "損失になる見込みです。",
         "precision_open": "{precision} が本当に得かどうかはまだ分かりません。"
         "お使いの機械で BF16 の {speed} 倍以上の速さ(報告されているのは {low}〜{high} 倍)が必要で、"
         "精度を下げることによる損失の増加も予測の {margin} 倍未満でなければなりません。"
         "まず短い学習で両方を確かめてください。",
         "repeated": "手持ちの文章を {epochs} 回繰り返して読むことになります。異なる文章を 2 倍に"
         "増やせば、同じ費用で損失が {gain} ナット下がります。",
-        "memory": "GPU {gpus} 台のメモリには収まりません。少なくとも {least} 台が必要です。",
-        "caution": "この計画は、{count} 個の経験則を検証された範囲の外で使っています。"
+        "memory": "{gpus}のメモリには収まりません。少なくとも {least} 台が必要です。",
+        "caution": "この計画は、{count}の経験則を検証された範囲の外で使っています。"
         "まず小さな学習で試し、その損失をこの予測と比べてください。",
         "title": "{n} パラメータ・{d} トークン・{precision}",
         "page": "{budget}：計画",
@@ -191,7 +198,11 @@ TEXTS = {
         "compute_value": "{flops:.4g} FLOPs（6 N D）。{length:,} トークンの注意機構で "
         "{share} 増える",
         "time": "GPU 時間",
-        "time_days": "{hours}：GPU {gpus} 台で {days} 日",
+        "time_days": "{hours}：{gpus}で {days} 日",
+        "gpus": "GPU {count:,} 台",
+        "one_gpu": "GPU {count} 台",
+        "rules": "{count} 個",
+        "one_rule": "1 個",
         "row_cost": "費用",
         "no_price": "– 単価が不明：--price で指定",
         "price_range": "掲載価格により {low} 〜 {high}",

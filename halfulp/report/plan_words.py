@@ -1,6 +1,7 @@
 """The plan in one paragraph that a manager can read, in English and in Japanese."""
 
 import math
+from collections.abc import Sequence
 
 from halfulp.errors import PlanError
 from halfulp.plan.budget import Plan
@@ -24,9 +25,9 @@ def paragraph(plan: Plan, language: str = "en") -> str:
         said.append(text["repeated"].format(epochs=digits(plan.chosen.epochs), gain=gain))
     if plan.memory.verdict == "fail":
         least = plan.memory.least_gpus
-        said.append(text["memory"].format(gpus=plan.gpus, least=least))
+        said.append(text["memory"].format(gpus=gpus_text(plan.gpus or 0, language), least=least))
     if plan.flags:
-        said.append(text["caution"].format(count=len(plan.flags)))
+        said.append(text["caution"].format(count=_rules(plan.flags, language)))
     return (" " if language == "en" else "").join(said)
 
 
@@ -41,17 +42,32 @@ def unit_of(unit: str, language: str) -> str:
     return SENTENCES[language][unit]
 
 
+def gpus_text(count: int, language: str) -> str:
+    """How many GPUs."""
+    return words("one_gpu" if count == 1 else "gpus", language, count=count)
+
+
+def _rules(flags: Sequence[str], language: str) -> str:
+    """How many rules the flags are about: a rule has one for each range that it leaves."""
+    count = len({flag.partition(":")[0] for flag in flags})
+    return words("one_rule" if count == 1 else "rules", language, count=count)
+
+
 def _buys(plan: Plan, language: str) -> str:
     text, o = TEXTS[language], plan.chosen
-    days = "" if plan.days is None else text["days"].format(days=digits(plan.days), gpus=plan.gpus)
-    cost = ""
+    days = cost = ""
+    if plan.days is not None:
+        gpus = gpus_text(plan.gpus or 0, language)
+        days = text["days"].format(days=digits(plan.days), gpus=gpus)
     if o.cost_usd is not None and o.cost_range_usd is not None:
         low, high = (dollars(x) for x in o.cost_range_usd)
         key = "own_cost" if o.cost_range_usd[0] == o.cost_range_usd[1] else "cost"
-        cost = text[key].format(usd=dollars(o.cost_usd), low=low, high=high)
+        date = plan.gpu.price_date
+        cost = text[key].format(usd=dollars(o.cost_usd), low=low, high=high, date=date)
     return text["buys"].format(
         hours=digits(o.gpu_hours), gpu=plan.gpu.name, cost=cost, n=amount(o.parameters, language),
         d=amount(o.tokens, language), precision=o.precision.upper(), days=days,
+        mfu=f"{digits(100 * plan.mfu)} %",
     )  # fmt: skip
 
 

@@ -119,13 +119,14 @@ def test_both_languages_say_the_same_things(made):
 
 
 def test_paragraph_says_what_has_to_be_done(made):
-    assert "By all published figures MXFP8" in paragraph(made)
+    assert "At every speed published for the models nearest to this size, MXFP8" in paragraph(made)
     four = plan("b200", gpu_hours=6000, precision="nvfp4")
     assert "Try both on a short run first" in paragraph(four)
     small = plan("h100", flops=1e23, gpus=2, unique_tokens=1e10)
     text = paragraph(small)
     assert "does not fit into the memory of 2 GPUs" in text
     assert "Your text is read" in text
+    assert "memory of 1 GPU: at least" in paragraph(plan("h100", flops=1e23, gpus=1))
     assert "not known" in paragraph(plan("a100", flops=1e21, law="hoffmann"))
     priceless = plan("mi300x", flops=1e21)
     assert "$" not in paragraph(priceless)
@@ -133,6 +134,21 @@ def test_paragraph_says_what_has_to_be_done(made):
     calm = dataclasses.replace(made, flags=())
     assert "smaller run first" in paragraph(made)
     assert "smaller run first" not in paragraph(calm)
+
+
+def test_paragraph_promises_no_more_than_the_figures_hold(made):
+    far = plan("h100", flops=1e25)
+    names = {flag.partition(":")[0] for flag in far.flags}
+    assert len(names) < len(far.flags)
+    assert f"Of the rules behind this plan, {len(names)} are used beyond" in paragraph(far)
+    one = dataclasses.replace(made, flags=made.flags[:1] * 2)
+    assert "one is used beyond" in paragraph(one)
+    for language, told in (
+        ("en", ("luck of a single run", "training in BF16 reaches 40 %", made.gpu.price_date)),
+        ("ja", ("1 回ごとのばらつき", "最大性能の 40 %", made.gpu.price_date)),
+    ):
+        for words in told:
+            assert words in paragraph(made, language)
 
 
 @pytest.mark.parametrize(
