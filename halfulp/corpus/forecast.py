@@ -103,8 +103,9 @@ def good_toulmin(frequencies: ArrayLike, more: float) -> float:
 
 def _quadratic(part: Part, x: float) -> float:
     """log of the growth at log factor `x`; the slope stays between 0 and 1."""
-    t, u = np.log(part.curve[:, 0] / part.occurrences), np.log(part.curve[:, 1] / part.distinct)
-    near = (t < 0) & (t > -math.log(_CURVATURE_RANGE)) & np.isfinite(u)
+    curve = part.curve[part.curve[:, 1] > 0]  # of a small share the sample may hold nothing
+    t, u = np.log(curve[:, 0] / part.occurrences), np.log(curve[:, 1] / part.distinct)
+    near = (t < 0) & (t > -math.log(_CURVATURE_RANGE))
     t, u = t[near], u[near]
     curvature = float((t**2 * (u - part.slope * t)).sum() / (t**4).sum()) if len(t) else 0.0
     places = np.linspace(0, x, 257)

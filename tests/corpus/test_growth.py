@@ -9,8 +9,8 @@ from scipy.stats import binom
 from halfulp.corpus.config import CountConfig
 from halfulp.corpus.count import count
 from halfulp.corpus.files import corpus_files
-from halfulp.corpus.forecast import forecast, good_toulmin
-from halfulp.corpus.growth import Growth, growth
+from halfulp.corpus.forecast import forecast, good_toulmin, grown
+from halfulp.corpus.growth import Growth, Part, growth
 from halfulp.corpus.scan import Counted
 from halfulp.corpus.stats import Stats, stats_of
 from halfulp.data.tokens import write_tokens
@@ -122,6 +122,16 @@ def test_more_than_there_are_is_never_estimated(tmp_path):
         assert 0.7 * count.occurrences < count.distinct <= count.occurrences
         assert count.slope is not None
         assert count.slope <= 1
+
+
+def test_shares_of_which_the_sample_holds_nothing_are_passed_over():
+    kept = np.array([[400, 200], [280, 160], [200, 130]])
+    empty = np.vstack((kept, [[50, 0]]))
+    ends = [
+        grown(Part(400, 200, np.array([120] + [8] * 11), curve), 4.0) for curve in (kept, empty)
+    ]
+    assert ends[0] == ends[1]
+    assert 2 < ends[0] < 4
 
 
 def test_good_toulmin_is_the_sum_of_its_paper():
