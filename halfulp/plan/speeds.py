@@ -22,17 +22,20 @@ def read_speeds(text: str) -> dict[str, Speed]:
     table, source = (
         (_read(Path(text)), text) if text.endswith(".json") else (_pairs(text), said("yours"))
     )
-    if float(table.get("bf16", 1)) != 1:
+    found = {name: _entry(name, value, source) for name, value in table.items()}
+    if "bf16" in found and found.pop("bf16").ratio != 1:
         raise PlanError(f"bf16={table['bf16']} is impossible: ratios are over BF16, which is 1.")
-    return {name: _entry(name, value, source) for name, value in table.items() if name != "bf16"}
+    return found
 
 
 def _pairs(text: str) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for pair in text.split(","):
-        name, _, ratio = pair.strip().partition("=")
+        name, _, ratio = (part.strip() for part in pair.partition("="))
+        if name in found:
+            raise PlanError(f"--speed {text!r} gives {name} twice. Give it once.")
         try:
-            found[name.strip()] = float(ratio)
+            found[name] = float(ratio)
         except ValueError as error:
             raise PlanError(
                 f"--speed {pair!r} is not understood. Write fp8=1.35,nvfp4=1.6 or give a .json."

@@ -37,6 +37,7 @@ def test_speeds_as_pairs_and_as_a_file(tmp_path):
         ("fp8=inf", "positive ratio"),
         ("fp6=1.2", "cannot be planned with"),
         ("bf16=1.2", "which is 1"),
+        ("fp8=1.2, fp8=1.4", "gives fp8 twice"),
         ("missing.json", "cannot be read"),
     ],
 )
@@ -46,7 +47,15 @@ def test_speeds_that_are_none(text, said):
 
 
 @pytest.mark.parametrize(
-    "table", [[], {"fp8": "x"}, {"fp8": {"low": 1}}, {"fp8": {"ratio": 1.3, "low": 1.4}}]
+    "table",
+    [
+        [],
+        {"bf16": [1]},
+        {"bf16": "x"},
+        {"fp8": "x"},
+        {"fp8": {"low": 1}},
+        {"fp8": {"ratio": 1.3, "low": 1.4}},
+    ],
 )
 def test_files_of_speeds_that_are_none(tmp_path, table):
     (tmp_path / "speeds.json").write_text(json.dumps(table))
