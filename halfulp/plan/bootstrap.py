@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from halfulp.errors import PlanError
 from halfulp.plan.chinchilla import Chinchilla
-from halfulp.plan.fit import Fit, Floats, Problem
+from halfulp.plan.fit import Fit, Floats, Problem, one_blas_thread
 from halfulp.plan.runs_table import LEAST_RUNS, LEAST_VALUES
 
 LEVEL = 0.8
@@ -66,6 +66,7 @@ class Bootstrap:
         return Band(self.fit.law.loss(n, d), float(low), float(high))
 
 
+@one_blas_thread()
 def bootstrap(
     fit: Fit, draws: int = 1000, *, seed: int = 0, progress: Callable[[int], None] | None = None
 ) -> Bootstrap:

@@ -8,6 +8,8 @@ published fit stop early (Besiroglu et al. 2024, arXiv:2404.10102, section 3).
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 
@@ -137,6 +139,17 @@ class Problem:
         return norm * norm, heights
 
 
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """L-BFGS on five numbers: more threads of the linear algebra only wait for one another."""
+    import scipy.optimize  # noqa: F401 - a library that is loaded later would not be limited
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+@one_blas_thread()
 def fit(runs: Runs) -> Fit:
     """The law that describes `runs` best.
 

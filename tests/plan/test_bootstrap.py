@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from lawful_runs import grid, truth
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from halfulp.errors import PlanError
 from halfulp.plan.bootstrap import bootstrap
@@ -40,6 +41,21 @@ def test_the_same_seed_gives_the_same_laws_and_another_others(boot):
     again, other = bootstrap(boot.fit, 20), bootstrap(boot.fit, 20, seed=1)
     np.testing.assert_array_equal(again.draws, boot.draws[:20])
     assert not np.array_equal(other.draws, again.draws)
+
+
+def test_resamples_run_on_one_thread_of_linear_algebra(boot):
+    """More of them wait for one another: a fit of five numbers then takes tens of times as long."""
+
+    def threads(*_):
+        pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+        return sorted({pool["num_threads"] for pool in pools})
+
+    seen = []
+    with threadpool_limits(2, user_api="blas"):
+        bootstrap(boot.fit, 20, progress=lambda _: seen.append(threads()))
+        after = threads()
+    assert seen == [[1]] * 20
+    assert after != [1]
 
 
 def test_too_few_resamples_are_refused(boot):
