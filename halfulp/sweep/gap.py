@@ -4,7 +4,8 @@ Arrays are [learning rates, seeds], nan where a run has no known outcome; a pair
 initialization, data order and tokens.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,17 +51,32 @@ def gap_at_best(
     """The gap with each at its own best learning rate; None without a pair.
 
     The smallest of several noisy means is too small. So the rates of each seed are chosen on the
-    other seeds (cross-fitting), and no seed takes part in a choice that it is judged at.
+    other seeds (cross-fitting), and no seed takes part in a choice that it is judged at. Where the
+    seeds do not all choose the same, their differences share noise through the choices, and the
+    interval is wider by √(1 + n / (n − 1)): the variance of a mean over held-out parts, here one
+    seed of n (Nadeau and Bengio 2003).
     """
     seeds = range(losses_LS.shape[1])
-    pairs = [_held_out(losses_LS, s) - _held_out(reference_LS, s) for s in seeds]
-    return _gap(np.array(pairs), level)
+    chosen = [(_choice(losses_LS, s), _choice(reference_LS, s)) for s in seeds]
+    pairs = zip(seeds, chosen, strict=True)
+    found = [_at(losses_LS, a, s) - _at(reference_LS, b, s) for s, (a, b) in pairs]
+    gap = _gap(np.array(found), level)
+    known = {c for c, difference in zip(chosen, found, strict=True) if not math.isnan(difference)}
+    return gap if gap is None or len(known) < 2 else _wider(gap, math.sqrt(1 + gap.n / (gap.n - 1)))
 
 
-def _held_out(losses_LS: np.ndarray, seed: int) -> float:
-    """The loss of `seed` at the rate that is best on the other seeds; nan where there is none."""
-    rate = best_rate(np.delete(losses_LS, seed, axis=1))
-    return float("nan") if rate is None else float(losses_LS[rate, seed])
+def _choice(losses_LS: np.ndarray, seed: int) -> int | None:
+    """The rate that is best on the seeds other than `seed`."""
+    return best_rate(np.delete(losses_LS, seed, axis=1))
+
+
+def _at(losses_LS: np.ndarray, rate: int | None, seed: int) -> float:
+    return math.nan if rate is None else float(losses_LS[rate, seed])
+
+
+def _wider(gap: Gap, factor: float) -> Gap:
+    low, high = (gap.value + factor * (end - gap.value) for end in (gap.low, gap.high))
+    return replace(gap, low=low, high=high)
 
 
 def _gap(differences: np.ndarray, level: float) -> Gap | None:
