@@ -104,6 +104,10 @@ def judge_failures(own: Evidence, reference: Evidence, level: float) -> Criterio
         fewer = max(f.failed for f in possible if not _more(f, theirs, level))
         change = f"{fewer} failures of {mine.runs} runs would not be significantly more"
         return Criterion(name="failures", status=FAIL, text=text, changes=(change,))
+    if reference.hopeless:
+        return Criterion(
+            name="failures", status=UNKNOWN, text=text, changes=_no_yardstick(reference)
+        )
     if mine.worst.failed * theirs.best.runs <= theirs.best.failed * mine.worst.runs:
         return Criterion(name="failures", status=PASS, text=text, changes=_to_show(mine))
     changes = (*_again(mine, theirs), *_to_tell(mine, theirs, level))
@@ -131,6 +135,14 @@ def _more(own: Failures, reference: Failures, level: float) -> bool:
 def _again(own: Failures, reference: Failures) -> tuple[str, ...]:
     lost = own.lost + reference.lost
     return (f"what the lost runs ({lost}) come to when run again",) if lost else ()
+
+
+def _no_yardstick(reference: Evidence) -> tuple[str, ...]:
+    where = ", ".join(reference.hopeless)
+    return (
+        f"other learning rates or longer runs, so that {reference.recipe} itself succeeds on "
+        f"{where}: what always fails is no yardstick",
+    )
 
 
 def _to_tell(own: Failures, reference: Failures, level: float) -> tuple[str, ...]:

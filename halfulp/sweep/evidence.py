@@ -20,6 +20,7 @@ class Evidence:
     `failures`: at its own best learning rate, all seeds and data sets. `window`: the narrowest of
     its data sets. `abandoned_fraction`: mean share done when a failing run was called diverged;
     None if none was. `tokens`: of one run. `refused`: why the model cannot take it, or "".
+    `hopeless`: data sets on which every known run at its best learning rate failed.
     """
 
     recipe: str
@@ -30,6 +31,7 @@ class Evidence:
     missing: int
     planned: int
     refused: str
+    hopeless: tuple[str, ...] = ()
 
     def cases(self) -> tuple[tuple[float, float], ...]:
         """(succeeded, failed) with lost runs counted neither way, as successes, as failures."""
@@ -64,6 +66,7 @@ def evidence_of(recipe: str, rows: "Sequence[Row]") -> Evidence:
         missing=sum(row.missing for row in rows),
         planned=sum(row.planned for row in rows),
         refused=next((row.refused for row in rows if row.refused), ""),
+        hopeless=tuple(row.data for row in rows if row.failures.share == 1),
     )
 
 

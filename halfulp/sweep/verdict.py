@@ -2,7 +2,8 @@
 
 loss      pass  on every data set the whole interval of the paired gap is below the bar
           fail  on one data set all of it is above
-failures  pass  no larger share of runs failed than of the reference's
+failures  pass  no larger share of runs failed than of the reference's, some of whose runs succeed
+                on every data set
           fail  a significantly larger share did (Fisher's exact test, one-sided)
 window    pass  its interval is above 0: some learning rate comes near the reference's best loss
           fail  it is 0: none does

@@ -59,8 +59,21 @@ def test_failures_follow_fishers_exact_test_and_the_shares():
     for own, reference in itertools.product(range(9), repeat=2):
         table = two({"failures": Failures(own, 8)}, {"failures": Failures(reference, 8)})
         p = fisher_exact([[own, 8 - own], [reference, 8 - reference]], "greater").pvalue
-        expected = FAIL if p < 0.05 else PASS if own <= reference else UNKNOWN
+        expected = FAIL if p < 0.05 else PASS if own <= reference < 8 else UNKNOWN
         assert criterion(verdict(table), "failures").status == expected
+
+
+def test_a_reference_that_always_fails_is_no_yardstick():
+    for own in (0, 3):
+        table = two({"failures": Failures(own, 3)}, {"failures": Failures(3, 3)})
+        found = verdict(table)
+        assert found.status == UNKNOWN
+        assert "what always fails is no yardstick" in criterion(found, "failures").changes[0]
+    fine = two({"data": "code"}, {"data": "code"}).all_rows
+    bad = two({"failures": Failures(1, 3)}, {"failures": Failures(3, 3)}).all_rows
+    found = verdict(StandInTable(reference="bf16_amp", all_rows=bad + fine))
+    assert found.status == UNKNOWN
+    assert "succeeds on text" in criterion(found, "failures").changes[0]
 
 
 def test_no_failure_prints_its_bound():
