@@ -117,7 +117,7 @@ class _Span:
 
 def _excess(losses_LS: np.ndarray, reference_LS: np.ndarray, delta_nats: float) -> np.ndarray:
     """Mean loss above the threshold, for each rate; over the last axis."""
-    star = np.nanmin(mean_losses(reference_LS), axis=0)
+    star = np.fmin.reduce(mean_losses(reference_LS), axis=0)  # the smallest known one, if any
     return mean_losses(losses_LS) - star - delta_nats
 
 

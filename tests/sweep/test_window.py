@@ -128,6 +128,14 @@ def test_with_many_seeds_the_interval_is_the_bootstrap_of_pairs(monkeypatch):
     assert found.high - found.low > 0.05
 
 
+def test_draws_without_a_known_run_of_the_reference_say_nothing():
+    losses, reference = valley(-8, width=4, seeds=FEW), valley(-8, width=4, seeds=FEW)
+    reference[:, 1:] = NAN
+    found = window(losses, reference, LRS, delta_nats=0.3)
+    assert found is not None
+    assert (found.low, found.octaves, found.high) == pytest.approx((2.4, 2.4, 2.4))
+
+
 def test_rates_in_the_references_window():
     reference = valley(-8, width=4)
     assert list(rates_within(reference, delta_nats=0.3)) == [3, 4, 5]
