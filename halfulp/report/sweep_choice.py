@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from halfulp.report.amounts import digits
 from halfulp.report.price import PASS, UNKNOWN
 from halfulp.report.sweep_page import Judged
 from halfulp.report.sweep_words import TEXTS
@@ -94,9 +95,9 @@ class Choice:
     def large(self, value: float) -> str:
         """A large count in the words of the language: "2 trillion", "164 thousand" as digits."""
         for size, word in _LARGE[self.language]:
-            if value >= size:
+            if value >= size * 0.9995:
                 space = " " if self.language == "en" else "\u00a0"
-                return f"{value / size:.3g}{space}{word}"
+                return f"{digits(value / size)}{space}{word}"
         return f"{value:,.0f}"
 
 

@@ -48,6 +48,24 @@ def test_the_languages_say_the_same_with_the_same_numbers():
     assert all(text.count("|") == japanese[key].count("|") for key, text in english.items())
 
 
+@pytest.mark.parametrize(
+    ("value", "english", "japanese"),
+    [
+        (3e11, "300 billion", "3,000\u00a0億"),
+        (8.53e12, "8.53 trillion", "8.53\u00a0兆"),
+        (9.997e11, "1 trillion", "1\u00a0兆"),
+        (163_840, "163,840", "16.4\u00a0万"),
+        (512, "512", "512"),
+    ],
+)
+def test_large_counts_have_no_exponents(tmp_path, value, english, japanese):
+    judged = choice(tmp_path, ["bf16_amp", "te_current"]).judged
+    assert (Choice(judged, "en").large(value), Choice(judged, "ja").large(value)) == (
+        english,
+        japanese,
+    )
+
+
 def test_a_recipe_that_passes_is_introduced_in_stages(tmp_path):
     found = choice(tmp_path, ["bf16_amp", "te_current", "mask_e4m7"], seeds=12)
     assert found.subject == "te_current"
