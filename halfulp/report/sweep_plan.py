@@ -1,6 +1,7 @@
 """The plan in stages: reference, pilot, one real run, standard; each with a gate and a way back."""
 
 import math
+from dataclasses import dataclass
 
 from halfulp.report import words
 from halfulp.report.counters import COUNTERS
@@ -47,7 +48,7 @@ def _fields(choice: Choice) -> dict[str, str]:
         "bar": f"{choice.judged.bar_nats:g}",
         "seeds": str(seeds),
         "rate": _best(choice),
-        "allowed": str(round(seeds * (base.failures.share or 0.0))),
+        "allowed": str(seeds * base.failures.failed // max(base.failures.runs, 1)),
         "spread": _spread(choice),
         "low": rate(low),
         "high": rate(high),
@@ -92,15 +93,53 @@ def _spread(choice: Choice) -> str:
     return words.nats(max(spans)) if spans else f"{choice.judged.bar_nats:g}"
 
 
+@dataclass(frozen=True)
+class _Terms:
+    """What decides from where on the subject pays, in runs; `leaving`: of the reference."""
+
+    search: float
+    search_reference: float
+    retries_reference: float
+    tokens: float  # 1 + the share that the subject needs on top
+    leaving: float
+    overhead: float  # of the guard
+    abandoned: float
+
+
+def _terms(choice: Choice) -> _Terms | None:
+    """None where the bill of either has no search for a learning rate, or nothing was asked."""
+    own, base, bills = (
+        choice.cost(choice.subject),
+        choice.cost(choice.reference),
+        choice.judged.bills,
+    )
+    if bills is None or own is None or base is None or own.search is None or base.search is None:
+        return None
+    inputs = bills.inputs
+    usd = inputs.gpu_hours * inputs.price.value if inputs.gpu_hours and inputs.price else math.inf
+    return _Terms(
+        search=own.search.value,
+        search_reference=base.search.value,
+        retries_reference=base.retries.value,
+        tokens=1 + inputs.extra_tokens.get(choice.subject, 0.0),
+        leaving=inputs.adoption_usd / usd,
+        overhead=inputs.guard.overhead if inputs.guard else 1.0,
+        abandoned=choice.evidence(choice.subject).abandoned_fraction or ABANDONED,
+    )
+
+
 def _speed(choice: Choice) -> str:
-    """The speed-up at which it pays with the success that the pilot has shown."""
-    own, base = choice.cost(choice.subject), choice.cost(choice.reference)
-    abandoned = choice.evidence(choice.subject).abandoned_fraction or ABANDONED
-    even = expected_runs(SHOWN, abandoned_fraction=abandoned)
-    if own is None or base is None or own.search is None or base.search is None:
+    """The speed-up at which it pays with the success that the pilot has shown.
+
+    Against a reference that never fails.
+    """
+    terms = _terms(choice)
+    if terms is None:
         return choice.say("gate_3_speed", reference=choice.reference)
-    even += max(0.0, own.search.value - base.search.value)
-    return choice.say("gate_3_even", even=figure_of(even))
+    runs = terms.overhead * expected_runs(SHOWN, abandoned_fraction=terms.abandoned)
+    own = terms.tokens * (runs + terms.search)
+    other = terms.overhead + terms.search_reference - terms.leaving
+    return choice.say("gate_3_even", even=figure_of(own / other if other > 0 else math.inf))
 
 
 def _most(choice: Choice) -> str:
@@ -110,10 +149,12 @@ def _most(choice: Choice) -> str:
 
 def _failures(choice: Choice) -> str:
     """The share of failing runs above which the recipe does not pay, by the closed form of cost."""
-    own, base = choice.cost(choice.subject), choice.cost(choice.reference)
-    gain = own.speedup.low * base.retries.value - 1 if own and own.speedup and base else 0.0
-    if not 0 < gain < math.inf:
+    terms, own = _terms(choice), choice.cost(choice.subject)
+    gain = 0.0
+    if terms is not None and own is not None and own.speedup is not None:
+        other = terms.retries_reference + terms.search_reference - terms.leaving
+        runs = own.speedup.low * other / terms.tokens - terms.search
+        gain = runs / terms.overhead - 1
+    if terms is None or not 0 < gain < math.inf:
         return choice.say("gate_4_reference", reference=choice.reference)
-    abandoned = choice.evidence(choice.subject).abandoned_fraction or ABANDONED
-    share = 1 - 1 / (1 + gain / abandoned)
-    return choice.say("gate_4_even", share=percent(share))
+    return choice.say("gate_4_even", share=percent(gain / (gain + terms.abandoned)))

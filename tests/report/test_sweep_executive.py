@@ -121,15 +121,39 @@ def test_figures_that_nobody_gave_have_a_source_and_a_date(tmp_path):
     assert re.search(r"speed-up of te_current 1\.\d\d \(1\.\d\d to 1\.\d\d\) \(", text)
 
 
-def test_the_last_gate_is_the_share_of_failures_at_which_it_stops_paying(tmp_path):
-    found = choice(tmp_path, ["bf16_amp", "te_current"])
-    said = re.search(r"At most (\d+) % of the runs fail", plain(render_executive(found.judged)))
-    assert said is not None
-    share, base = int(said[1]) / 100, found.cost("bf16_amp")
+DEARER = replace(GIVEN, extra_tokens={"te_current": 0.06}, adoption_usd=2_000)
+
+
+@pytest.mark.parametrize("inputs", [GIVEN, DEARER], ids=["plain", "more tokens and people"])
+def test_the_gates_are_where_it_pays(tmp_path, inputs):
+    """The costs on either side of each gate, by the formula of the bill."""
+    found = choice(tmp_path, ["bf16_amp", "te_current"], inputs=inputs)
+    text = plain(render_executive(found.judged))
+    own, base = found.cost("te_current"), found.cost("bf16_amp")
+    assert own is not None
     assert base is not None
-    lower = expected_runs(1 - (share - 0.01)) / 1.35
-    upper = expected_runs(1 - (share + 0.01)) / 1.35
-    assert lower < base.retries.value < upper
+    assert own.search is not None
+    assert base.search is not None
+    search, tokens = own.search.value, 1 + inputs.extra_tokens.get("te_current", 0.0)
+    people = inputs.adoption_usd / (12_000 * 3.5)
+
+    def cost(failing, speed):
+        return tokens * (expected_runs(1 - failing) + search) / speed + people
+
+    share = float(re.search(r"At most ([\d.]+) % of the runs fail", text)[1]) / 100
+    reference = base.retries.value + base.search.value
+    assert cost(share - 0.01, 1.35) < reference < cost(share + 0.01, 1.35)
+    speed = float(re.search(r"measured step is at least ([\d.]+) times as fast", text)[1])
+    assert cost(0.1, speed + 0.006) < 1 + base.search.value < cost(0.1, speed - 0.006)
+
+
+def test_the_first_gate_allows_no_larger_share_of_failures_than_the_sweep(tmp_path):
+    made = sweeps.design(["bf16_amp", "te_current"], seeds=3, data={"a": ("a",), "b": ("b",)})
+    broken = {"status": "nonfinite", "message": "broken", "loss_nats": math.nan}
+    fails = {("a", 0), ("a", 1), ("b", 0)}  # 3 of 6: one and a half of three
+    found = [replace(r, **broken) if (r.data, r.seed) in fails else r for r in sweeps.results(made)]
+    judged = judge(sweeps.write(tmp_path / "sweep", made, found), inputs=GIVEN)
+    assert "Of 3 runs at most 1 fail;" in plain(render_executive(judged))
 
 
 def test_japanese_is_japanese(tmp_path):
