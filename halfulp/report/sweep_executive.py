@@ -138,7 +138,8 @@ def _money(choice: Choice) -> str:
         return choice.say("money_reference", **names, reference_usd=first) if base.usd else ""
     if own.ratio is None:
         why = "money_window" if own.search is None or base.search is None else "money_speed"
-        texts = [choice.say(why, **names)]
+        unknown = choice.reference if base.search is None else choice.subject
+        texts = [choice.say(why, **names, unknown=unknown)]
     elif base.usd and own.usd:
         usd = _dollars(choice, own.usd)
         texts = [choice.say("money", **names, reference_usd=first, usd=usd)]
@@ -300,7 +301,7 @@ def _failing(choice: Choice) -> str:
     if not found.runs:
         return choice.say("risk_failures_none", recipe=choice.subject)
     needed = runs_to_show(int(found.runs), int(found.failed))
-    key = "risk_failures" if needed else "risk_failures_shown"
+    key = "risk_failures" if needed and needed > found.runs else "risk_failures_shown"
     fields = {"failed": f"{found.failed:g}", "runs": f"{found.runs:g}", "needed": needed}
     return choice.say(key, recipe=choice.subject, upper=words.share(found.upper), **fields)
 

@@ -26,8 +26,8 @@ _ENGLISH = {
     "money_ratio": "Failed attempts and the search for a learning rate included, a successful "
     "run with {recipe} is expected to cost {ratio} of one with {reference}.",
     "money_even": "It pays where it makes the training step more than {even} times as fast.",
-    "money_window": "What {recipe} costs could not be told: its range of safe learning rates "
-    "is not known.",
+    "money_window": "What {recipe} costs could not be told: the range of safe learning rates "
+    "of {unknown} is not known.",
     "money_speed": "What {recipe} costs could not be told: no speed-up was given, and none is "
     "published for this hardware.",
     "money_none": "Nothing was said about price, hours or speed-up, so this page says nothing "
@@ -35,7 +35,7 @@ _ENGLISH = {
     "loss": "loss above {reference}",
     "loss_note": "nats per token, {ends}; allowed: {bar}",
     "failed": "runs failed",
-    "failed_note": "so at most {upper} fail; {reference}: {other}",
+    "failed_note": "so at most {upper} fail (95 % confidence); {reference}: {other}",
     "cost": "total cost, {reference} = 1",
     "cost_note": "{ends}, at {speed} times the speed",
     "cost_unknown": "the text above says why",
@@ -45,7 +45,8 @@ _ENGLISH = {
     "interval": "95 % between {low} and {high}",
     "no_interval": "its interval is not known",
     "verdicts": "What was found",
-    "columns": "precision|verdict|loss above reference|failed|octaves|total cost|pays above",
+    "columns": "precision|verdict|loss above reference|failed|safe rates, octaves|"
+    "total cost|pays above speed-up",
     "octaves": "{octaves} octaves",
     "tiny": "under {share}",
     "at_least": "at least {octaves}",
@@ -72,7 +73,8 @@ _ENGLISH = {
     "or only in a large model, was not seen. A sweep can refute a precision, not certify it.",
     "risk_window": "Safe learning rates: {octaves} for {recipe}, {other} for {reference}; an "
     "octave is a factor of two.",
-    "risk_lost": "Lost runs: {lost}; not done: {missing}. Lost ones are counted as they hurt most.",
+    "risk_lost": "Lost runs: {lost}; not done: {missing}. In failures and cost lost ones "
+    "count as they hurt most.",
     "plan": "Introduction in stages",
     "plan_columns": "stage|what is done|go on only if|otherwise",
     "plan_none": "There is nothing to introduce. Look again when a precision meets the bar of "
@@ -81,9 +83,9 @@ _ENGLISH = {
     "do_1": "Train {reference} at the planned setting first, {seeds} seeds, learning rate "
     "{rate}. Keep losses and checkpoints.",
     "gate_1": "Of {seeds} runs at most {allowed} fail; final losses differ by less than "
-    "{spread} nats, as in the sweep.",
+    "{spread} nats (what the sweep's seeds differ by, and chance).",
     "gate_1_none": "None of {seeds} runs fails; final losses differ by less than {spread} "
-    "nats, as in the sweep.",
+    "nats (what the sweep's seeds differ by, and chance).",
     "back_1": "Nothing to roll back: this is today's practice. Mend the reference first.",
     "stage_2": "2 Pilot",
     "do_2": "{recipe} with the same seeds and data order at learning rates {low} to {high}, "
@@ -155,14 +157,14 @@ _JAPANESE = {
     "money_ratio": "失敗のやり直しと学習率の探索を含め、学習を 1 回成功させる費用の見込みは、"
     "{recipe} で {reference} の {ratio}。",
     "money_even": "学習ステップの高速化率が {even} 倍を超える場合に採算が合う。",
-    "money_window": "{recipe} の費用は判定できない（安全な学習率の範囲が不明）。",
+    "money_window": "{recipe} の費用は判定できない（{unknown} の安全な学習率の範囲が不明）。",
     "money_speed": "{recipe} の費用は判定できない（高速化率の指定がなく、対象 GPU の公表値もな"
     "い）。",
     "money_none": "単価・GPU 時間・高速化率の指定がないため、費用については何も述べない。",
     "loss": "{reference} に対する損失の増加",
     "loss_note": "nats/トークン、{ends}。許容値 {bar}",
     "failed": "学習の失敗件数",
-    "failed_note": "失敗率は最大 {upper}。{reference} は {other}",
+    "failed_note": "失敗率は信頼度 95 % で最大 {upper}。{reference} は {other}",
     "cost": "総費用（{reference} = 1）",
     "cost_note": "{ends}、速度 {speed} 倍の場合",
     "cost_unknown": "理由は上の本文を参照",
@@ -172,7 +174,7 @@ _JAPANESE = {
     "interval": "95 % 区間 {low} 〜 {high}",
     "no_interval": "区間は不明",
     "verdicts": "評価結果",
-    "columns": "精度方式|判定|基準に対する損失増|失敗|学習率の幅|総費用|採算分岐点",
+    "columns": "精度方式|判定|基準に対する損失増|失敗|学習率の幅|総費用|損益分岐の高速化率",
     "octaves": "{octaves} オクターブ",
     "tiny": "{share} 未満",
     "at_least": "{octaves} 以上",
@@ -196,8 +198,8 @@ _JAPANESE = {
     "していない。小規模実験は方式を否定できるが、保証はできない。",
     "risk_window": "安全な学習率の幅：{recipe} は {octaves}、{reference} は {other}（1 "
     "オクターブ = 2 倍）。",
-    "risk_lost": "結果不明の実験が {lost} 件、未実施が {missing} 件。結果不明の分は最も不利な"
-    "側で数えた。",
+    "risk_lost": "結果不明の実験が {lost} 件、未実施が {missing} 件。結果不明の分は、失敗率と"
+    "費用では最も不利な側で数えた。",
     "plan": "段階的な導入計画",
     "plan_columns": "段階|実施内容|次へ進む条件|満たさない場合",
     "plan_none": "導入の候補はない。損失の増加が {bar} nats 未満、かつ失敗が {reference} 以下"
@@ -205,9 +207,10 @@ _JAPANESE = {
     "stage_1": "1 基準の確立",
     "do_1": "まず {reference} を本番の設定で学習する（シード {seeds} 個、学習率 {rate}）。損失"
     "とチェックポイントを保存する。",
-    "gate_1": "{seeds} 件中の失敗が {allowed} 件以下、最終損失の差がこの実験と同じく {spread} "
-    "nats 未満。",
-    "gate_1_none": "{seeds} 件とも成功し、最終損失の差がこの実験と同じく {spread} nats 未満。",
+    "gate_1": "{seeds} 件中の失敗が {allowed} 件以下、最終損失の差が {spread} nats 未満（この実験"
+    "のばらつきに偶然の幅を加えた値）。",
+    "gate_1_none": "{seeds} 件とも成功し、最終損失の差が {spread} nats 未満（この実験のばらつきに"
+    "偶然の幅を加えた値）。",
     "back_1": "切り戻しは不要（現行の運用）。先に基準側の問題を解消する。",
     "stage_2": "2 小規模試行",
     "do_2": "{recipe} を同じシード・同じデータ順で、学習率 {low} 〜 {high}、短い学習を最大 "

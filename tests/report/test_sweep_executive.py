@@ -86,7 +86,7 @@ def test_what_could_not_be_told_is_not_claimed(tmp_path):
     found = choice(tmp_path, ["bf16_amp", "te_current"])
     text = plain(render_executive(found.judged))
     assert "Could not tell yet: stay with bf16_amp, and let a pilot of te_current decide." in text
-    assert "at most 63 % fail" in text
+    assert "at most 63 % fail (95 % confidence); bf16_amp: 0 / 3" in text
     assert "29 runs without a further failure" in text
     assert "under 0.001 % of the tokens" in text
     assert "Introduce te_current in stages" not in text
@@ -154,6 +154,31 @@ def test_the_first_gate_allows_no_larger_share_of_failures_than_the_sweep(tmp_pa
     found = [replace(r, **broken) if (r.data, r.seed) in fails else r for r in sweeps.results(made)]
     judged = judge(sweeps.write(tmp_path / "sweep", made, found), inputs=GIVEN)
     assert "Of 3 runs at most 1 fail;" in plain(render_executive(judged))
+
+
+def test_the_first_gate_leaves_room_for_chance(tmp_path):
+    found = choice(tmp_path, ["bf16_amp", "te_current"])
+    row = found.rows("bf16_amp")[0]
+    scores = [o.score_nats for p in row.points if p.lr == row.best_lr for o in p.outcomes]
+    said = re.search(r"differ by less than ([\d.]+) nats", plain(render_executive(found.judged)))
+    assert said is not None
+    # √19: the ratio of two standard deviations of three values exceeds it one time in twenty.
+    assert float(said[1]) == pytest.approx((max(scores) - min(scores)) * 19**0.5, abs=0.0006)
+
+
+def test_what_is_shown_needs_no_more_runs(tmp_path):
+    found = choice(tmp_path, ["bf16_amp", "te_current"], seeds=30)
+    text = plain(render_executive(found.judged))
+    assert "te_current: 0 of 30 runs failed at its best learning rate." in text
+    assert "without a further failure" not in text
+
+
+def test_whose_window_is_unknown_is_named(tmp_path):
+    made = sweeps.design(["bf16_amp", "te_current"])
+    died = {"status": "died", "message": "killed", "loss_nats": math.nan}
+    found = [replace(r, **died) if r.recipe == "bf16_amp" else r for r in sweeps.results(made)]
+    text = plain(render_executive(judge(sweeps.write(tmp_path / "s", made, found), inputs=GIVEN)))
+    assert "the range of safe learning rates of bf16_amp is not known" in text
 
 
 def test_japanese_is_japanese(tmp_path):
