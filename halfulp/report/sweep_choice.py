@@ -68,12 +68,20 @@ class Choice:
         return rows_of(self.judged.table, recipe)
 
     def worst(self, recipe: str) -> Row | None:
-        """The row of the data set with the largest gap; any if there is none."""
+        """The row of the data set that decides on the loss; any if there is no gap.
+
+        One whose gap is above the bar for certain before one that may be, and then the largest.
+        """
         rows = self.rows(recipe)
         compared = [row for row in rows if row.gap is not None]
         if not compared:
             return rows[0] if rows else None
-        return max(compared, key=lambda row: row.gap.value if row.gap else -math.inf)
+        return max(compared, key=self._harm)
+
+    def _harm(self, row: Row) -> tuple[bool, bool, float]:
+        assert row.gap is not None
+        bar = self.judged.bar_nats
+        return row.gap.low > bar, row.gap.high >= bar, row.gap.value
 
     def evidence(self, recipe: str) -> Evidence:
         """All data sets together."""

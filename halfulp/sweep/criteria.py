@@ -66,7 +66,8 @@ def _judge_gap(gap: Interval | None, bar_nats: float, level: float, on: str) -> 
 
 def _against(gap: Interval, bar_nats: float, level: float) -> tuple[str, tuple[str, ...]]:
     if gap.high < bar_nats:
-        return PASS, (f"a bar below {_nats(gap.high)} nats would not be met for certain",)
+        certain = f"a bar below {_nats(gap.high)} nats would not be met for certain"
+        return PASS, (certain,) if gap.high > 0 else ()  # a bar is above 0
     if gap.low > bar_nats:
         return FAIL, (f"a bar above {_nats(gap.high)} nats would be met",)
     seeds = seeds_for(gap, bar_nats, level)

@@ -15,13 +15,15 @@ verdict   pass  all of these pass
 Whatever is neither could not tell.
 Of m recipes each is judged at the level 1 − 5 % / m, its intervals and Fisher's test, so that what
 is said of all of them holds together at 95 % (Bonferroni; refused recipes do not count).
-Gap and failures are at each recipe's own best learning rate. Lost runs count as they hurt most: a
-pass holds when the recipe's lost runs all failed and the reference's did not, a fail when it is the
-other way round. Without inputs on money the cost is not judged; without a speed-up it could not
-tell. A recipe that the model cannot take could not tell, and has no criteria. A pass is no proof of
-stability: the sentence has the bound, and how much of the user's run the evidence covers.
+Gap and failures are at each recipe's own best learning rate. In failures and cost lost runs count
+as they hurt most: a pass holds when the recipe's lost runs all failed and the reference's did not,
+a fail when it is the other way round. Loss and window are those of the known runs. Without inputs
+on money the cost is not judged; without a speed-up it could not tell. A recipe that the model
+cannot take could not tell, and has no criteria. A pass is no proof of stability: the sentence has
+the bound, and how much of the user's run the evidence covers.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,12 +78,12 @@ def verdicts(
     """The verdict on every recipe but the reference, in the order of the table.
 
     `bar_nats`: the loss that a recipe may cost, in nats per token. With `money` the cost is judged
-    too. Raises ConfigError for a bar that is not above 0.
+    too. Raises ConfigError for a bar that is not finite and above 0.
     """
-    if not bar_nats > 0:
+    if not 0 < bar_nats < math.inf:
         raise ConfigError(
-            f"bar_nats = {bar_nats} cannot be met by chance or by merit. Give a loss > 0, "
-            "such as 0.01 nats per token."
+            f"bar_nats = {bar_nats} tells nothing apart. Give a finite loss > 0, such as 0.01 nats "
+            "per token."
         )
     others = [recipe for recipe in table.recipes if recipe != table.reference]
     rows = table.rows()

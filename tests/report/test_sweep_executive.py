@@ -173,6 +173,20 @@ def test_what_is_shown_needs_no_more_runs(tmp_path):
     assert "without a further failure" not in text
 
 
+def test_of_two_data_sets_the_one_that_decides_is_shown(tmp_path):
+    made = sweeps.design(["bf16_amp", "te_current"], seeds=3, data={"a": ("a",), "b": ("b",)})
+    more = {"a": (0.03, 0.03, 0.03), "b": (0.0, 0.05, 0.1)}  # b is worse on average, a for certain
+    found = [
+        replace(r, loss_nats=r.loss_nats + more[r.data][r.seed]) if r.recipe == "te_current" else r
+        for r in sweeps.results(made)
+    ]
+    judged = judge(sweeps.write(tmp_path / "sweep", made, found), inputs=GIVEN)
+    row = Choice(judged, "en").worst("te_current")
+    assert row is not None
+    assert row.data == "a"
+    assert judged.verdicts[0].status == "fail"
+
+
 def test_whose_window_is_unknown_is_named(tmp_path):
     made = sweeps.design(["bf16_amp", "te_current"])
     died = {"status": "died", "message": "killed", "loss_nats": math.nan}

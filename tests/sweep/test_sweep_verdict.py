@@ -241,7 +241,11 @@ def test_the_runs_that_would_change_it_do():
         assert criterion(verdict(table), "failures").status == status
 
 
-@pytest.mark.parametrize("bar", [0.0, -0.01, math.nan])
+def test_no_bar_is_named_that_cannot_be_given():
+    assert criterion(verdict(two({"gap": gap(-0.05, 0.01)})), "loss").changes == ()
+
+
+@pytest.mark.parametrize("bar", [0.0, -0.01, math.nan, math.inf])
 def test_a_bar_that_nothing_can_meet_is_refused(bar):
     with pytest.raises(ConfigError, match="bar_nats"):
         verdicts(two({}), bar_nats=bar)
