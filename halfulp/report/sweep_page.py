@@ -340,6 +340,6 @@ def _method(judged: Judged) -> str:
         "sided, 5 %). The window fails when no learning rate comes near the reference's best. Cost "
         "passes when its whole interval is below the reference's, and fails when it is above. One "
         "failed part fails the recipe, all must pass for a pass, and anything else could not be "
-        "told. In failures and cost lost runs are taken as they hurt most. A small sweep can refute "
-        "a recipe for a large run; it cannot certify one."
+        "told. In failures and cost lost runs are taken as they hurt most. A small sweep can "
+        "refute a recipe for a large run; it cannot certify one."
     )

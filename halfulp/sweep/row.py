@@ -66,8 +66,8 @@ class Row:
     * `sharpness` in percent, `logz` of the held-out logits and the ratios of sharpness to the
       reference (geometric mean), at the reference's best rate. A format that truncates shrinks
       the logits, and with them φ: compare within one rounding.
-    * `spikes`: convention → mean share of steps at `best_lr`; conventions that the runs are too
-      short for are left out.
+    * `spikes`: convention → mean share of steps at `best_lr`, of runs that broke too; conventions
+      that the runs are too short for are left out.
     * `abandoned_fraction`: mean share of the planned steps that failed runs have made, all rates.
     """
 
@@ -218,11 +218,11 @@ def _ratio(
 
 
 def _spikes(grid: Grid, rate: int | None) -> dict[str, float]:
-    means = {
-        name: _mean(grid, rate, lambda r, name=name: r.spikes.get(name, math.nan))
-        for name in CONVENTIONS
-    }
-    return {name: value for name, value in means.items() if value is not None}
+    """Of runs that broke too: those are the ones that leap."""
+    runs = [] if rate is None else [r for r in grid.results[rate] if r is not None and not r.lost]
+    shares = {name: [r.spikes.get(name, math.nan) for r in runs] for name in CONVENTIONS}
+    known = {name: [x for x in found if math.isfinite(x)] for name, found in shares.items()}
+    return {name: float(np.mean(found)) for name, found in known.items() if found}
 
 
 def _abandoned(points: Sequence[Point]) -> float | None:

@@ -36,6 +36,14 @@ def test_a_whole_sweep():
     assert (low.sharpness, low.logz) == pytest.approx((0.1, 1.0))
 
 
+def test_runs_that_broke_have_their_spikes_counted_and_lost_ones_not():
+    broken = {"status": "nonfinite", "loss_nats": math.nan, "spikes": {"olmo_core": 0.07}}
+    lost = {"status": "died", "spikes": {"olmo_core": 0.5}}
+    own = table(Plan(), lambda c: losses(c) | ([broken, lost, {}][c.seed])).row("fp32")
+    assert own.failures == Failures(1, 2, 1)
+    assert own.spikes == {"olmo_core": pytest.approx(0.04)}
+
+
 def test_windows_and_sensitivities_are_of_the_curve():
     base, low = table(Plan(), losses).rows()
     assert base.window is not None
