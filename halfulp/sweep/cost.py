@@ -140,11 +140,11 @@ def interrupted_factor(
     snapshot_hours: float = 0.0,
     restart_hours: float = 0.0,
 ) -> Numbers:
-    """Expected hours per hour of progress under hardware failures, exactly: Daly (2006).
+    """Expected hours per hour of progress under hardware failures, as in Daly (2006).
 
     (1 / λ + R) (e^{λ (s + C)} − 1) / s: each loss falls back to the last snapshot (every s hours,
-    at C hours each) and takes R hours to restart. Hours are wall-clock hours of the whole job and
-    losses those of all its GPUs. The factor is the same for every recipe.
+    at C hours each) and takes R hours to restart, which nothing interrupts. Hours are wall-clock
+    hours of the whole job and losses those of all its GPUs. Every recipe has the same factor.
     """
     _check("spacing_hours", spacing_hours, 0, None, open_low=True)
     _check("losses_per_hour", losses_per_hour, 0, None, open_low=True)
