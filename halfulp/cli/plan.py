@@ -157,13 +157,15 @@ def _write(
 
 
 def _write_config(found: "Plan", path: Path, data: list[str], tokenizer: str, length: int) -> None:
-    from halfulp.plan.shape import run_config
+    from halfulp.plan.shape import run_config, shape_of
+    from halfulp.plan.vocabulary import vocabulary_of
     from halfulp.toml import dumps
     from halfulp.train.config import load_config
 
     chosen = found.chosen
+    shape = shape_of(chosen.parameters, vocabulary_of(tokenizer, data))
     config = run_config(
-        found.shape, tokens=chosen.tokens, lr=found.lr, batch_tokens=found.batch_tokens,
+        shape, tokens=chosen.tokens, lr=found.lr, batch_tokens=found.batch_tokens,
         recipe=chosen.recipe, length=length, gpus=found.gpus or 1, data=data, tokenizer=tokenizer,
     )  # fmt: skip
     load_config(config)

@@ -17,35 +17,45 @@ _WIDTHS = 256  # tried up to the ideal one
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A transformer of about the parameters asked for, embeddings not counted."""
+    """A transformer of about the parameters asked for."""
 
     layers: int
     width: int
     parameters: float
 
 
-def shape_of(parameters: float) -> Shape:
+def shape_of(parameters: float, vocabulary: int = 0) -> Shape:
     """The shape of a number of parameters within 5 %, with width / layers as near 100 as allows.
 
-    Raises PlanError below 100,000 parameters.
+    The embeddings of `vocabulary` tokens, which the head shares, are among the parameters; 0: they
+    are not counted. Raises PlanError below 100,000 parameters, and for embeddings that leave none
+    for a layer.
     """
     if parameters < 1e5:
         raise PlanError(
             f"{parameters:.3g} parameters are fewer than a transformer is planned with. "
             "Give a larger budget, or a smaller target loss."
         )
+    least = _with_width(1.0, HEAD, vocabulary).parameters
+    if vocabulary and least > parameters:
+        raise PlanError(
+            f"{parameters:.3g} parameters are fewer than a layer and the embeddings of "
+            f"{vocabulary:,} tokens have at width {HEAD}: {least:.3g}. Give a tokenizer with a "
+            "smaller vocabulary, or a larger budget."
+        )
     ideal = (parameters * ASPECT / PER_LAYER) ** (1 / 3)
     step = HEAD * max(1, int(ideal / (_WIDTHS * HEAD)))
     widths = range(step, int(4 * ideal) + 2 * step, step)
-    shapes = [_with_width(parameters, width) for width in widths]
+    shapes = [_with_width(parameters, width, vocabulary) for width in widths]
     off = [abs(math.log(shape.parameters / parameters)) for shape in shapes]
     near = [shape for shape, e in zip(shapes, off, strict=True) if e <= max(0.05, min(off))]
     return min(near, key=lambda s: abs(math.log(s.width / s.layers / ASPECT)))
 
 
-def _with_width(parameters: float, width: int) -> Shape:
-    layers = max(1, round(parameters / (PER_LAYER * width**2)))
-    return Shape(layers=layers, width=width, parameters=PER_LAYER * layers * width**2)
+def _with_width(parameters: float, width: int, vocabulary: int) -> Shape:
+    layer, embeddings = PER_LAYER * width**2, vocabulary * width
+    layers = max(1, round((parameters - embeddings) / layer))
+    return Shape(layers=layers, width=width, parameters=layer * layers + embeddings)
 
 
 def run_config(

@@ -11,8 +11,10 @@ from halfulp.errors import DataError, PlanError
 from halfulp.plan.facts import read_facts
 from halfulp.plan.shape import PER_LAYER, PRESET, Shape, run_config, shape_of
 from halfulp.plan.speeds import read_speeds
+from halfulp.plan.vocabulary import vocabulary_of
 from halfulp.toml import dumps
 from halfulp.train.config import load_config
+from halfulp.train.model import outline
 from halfulp.train.presets import PRESETS
 
 
@@ -131,10 +133,34 @@ def test_shapes_have_the_parameters_asked_for(parameters):
         shape_of(1e4)
 
 
+@pytest.mark.parametrize(("parameters", "vocabulary"), [(1e6, 2000), (3e7, 32_000), (1e9, 128_000)])
+def test_a_shape_may_count_its_embeddings(parameters, vocabulary):
+    shape, bare = shape_of(parameters, vocabulary), shape_of(parameters)
+    assert shape.parameters == pytest.approx(parameters, rel=0.15 if parameters < 1e7 else 0.05)
+    assert shape.layers * shape.width**2 < bare.layers * bare.width**2
+    with pytest.raises(PlanError, match="fewer than a layer and the embeddings of 32,000 tokens"):
+        shape_of(2e6, 32_000)
+
+
+def test_a_written_run_has_the_parameters_of_the_plan(tmp_path):
+    """Its model, built on meta, has them with its embeddings; without, it would have 78 % more."""
+    text = tmp_path / "a.txt"
+    text.write_text("abc " * 100)
+    vocabulary = vocabulary_of("bpe:32000", [str(text)])
+    assert vocabulary == 32_000
+    assert vocabulary_of("bytes", [str(text)]) == 257
+    made = run_config(
+        shape_of(2.5e7, vocabulary), tokens=1e6, lr=1e-3, batch_tokens=1e4, recipe="bf16_amp",
+        length=512, gpus=1, data=[str(text)], tokenizer="bpe:32000",
+    )  # fmt: skip
+    model = outline(load_config(made).model, vocab=vocabulary, length=512)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(2.5e7, rel=0.05)
+
+
 def test_the_shape_of_an_absurd_size_is_found_among_as_many_as_that_of_a_usual_one(monkeypatch):
     tried = []
 
-    def count(parameters, width):
+    def count(parameters, width, vocabulary):
         tried.append(width)
         return Shape(layers=round(parameters / (12 * width**2)) or 1, width=width, parameters=1.0)
 
