@@ -55,6 +55,7 @@ ul { margin: 0; padding-left: 1.3em; }
 .key { margin-right: 12px; white-space: nowrap; }
 .key i { display: inline-block; width: 9px; height: 9px; margin-right: 4px; }
 .note { color: var(--muted); font-size: 10px; }
+td small { font-size: 9.5px; }
 .assumed { color: var(--muted); font-size: 9.5px; line-height: 1.35; }
 footer { margin-top: 6px; font-size: 9.5px; max-width: none; }
 @media screen { main { padding: 24px 16px; } }
@@ -224,11 +225,17 @@ def _verdicts(choice: Choice) -> Markup:
         head = head[:5]
     rows = [_row(choice, recipe, status.get(recipe, ""))[: len(head)] for recipe in shown]
     numeric = frozenset(range(2, len(head)))
-    notes = [choice.say("more", n=hidden)] if hidden else []
-    notes += [text for text in [_family(choice)] if text]
     made = table(head, rows, numeric=numeric, caption=choice.say("verdicts"))
-    note = tag("p", " ".join(notes), class_="note") if notes else None
+    more = choice.say("more", n=hidden) if hidden else ""
+    notes = [text for text in (more, _family(choice), _nats(choice)) if text]
+    note = tag("p", " ".join(notes), class_="note")
     return join(tag("h2", choice.say("verdicts")), made, note)
+
+
+def _nats(choice: Choice) -> str:
+    """What the bar means to whoever does not think in nats."""
+    bar = choice.judged.bar_nats
+    return choice.say("nats", bar=f"{bar:g}", more=percent(math.expm1(bar)))
 
 
 def _family(choice: Choice) -> str:

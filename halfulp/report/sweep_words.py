@@ -54,6 +54,8 @@ _ENGLISH = {
     "refused": "the model cannot take it",
     "family": "{n} precisions are judged, each at {level}, so that all verdicts hold together at "
     "95 %; the intervals shown are 95 % each.",
+    "nats": "{bar} nats per token make perplexity, among how many words the model wavers, {more} "
+    "larger.",
     "more": "{n} more precisions are in the engineers' page.",
     "bill": "Expected total cost until one run has succeeded, {reference} = 1",
     "bill_parts": "one run|its retries|search for the learning rate",
@@ -69,8 +71,8 @@ _ENGLISH = {
     "risk_horizon": "One run of the sweep has {share} of the tokens of the run to decide on. "
     "What fails later was not seen: {needed} tokens without a failure would show that 90 % "
     "succeed.",
-    "risk_short": "The runs of the sweep are short and the model is small: what fails later, "
-    "or only in a large model, was not seen. A sweep can refute a precision, not certify it.",
+    "risk_short": "The runs of the sweep are short: what fails later, or only in a larger model, "
+    "was not seen. A sweep can refute a precision, not certify it.",
     "risk_window": "Safe learning rates: {octaves} for {recipe}, {other} for {reference}; an "
     "octave is a factor of two.",
     "risk_lost": "Lost runs: {lost}; not done: {missing}. In failures and cost lost ones "
@@ -182,6 +184,8 @@ _JAPANESE = {
     "refused": "このモデルでは使用不可",
     "family": "{n} 方式を同時に判定するため、各判定は {level} の水準で行い、全体として 95 % を"
     "保つ。表示の区間はそれぞれ 95 %。",
+    "nats": "{bar} nats/トークンは、パープレキシティ（次の単語の候補の実質的な数）の {more} "
+    "の増加にあたる。",
     "more": "ほかの {n} 方式は技術者向けの資料を参照。",
     "bill": "学習を 1 回成功させるまでの総費用の見込み（{reference} = 1）",
     "bill_parts": "学習 1 回分|失敗のやり直し|学習率の探索",
@@ -194,7 +198,7 @@ _JAPANESE = {
     "risk_failures_none": "{recipe} は結果の判明した実験がまだなく、失敗のリスクは不明。",
     "risk_horizon": "実験 1 件のトークン数は、対象とする学習の {share}。その先で起こる失敗は"
     "観測していない。成功率 90 % を示すには、失敗なしに {needed} トークンが必要。",
-    "risk_short": "実験は短く、モデルも小さい。学習の後半や大規模モデルだけで起こる失敗は観測"
+    "risk_short": "実験は短い。学習の後半や、より大きなモデルだけで起こる失敗は観測"
     "していない。小規模実験は方式を否定できるが、保証はできない。",
     "risk_window": "安全な学習率の幅：{recipe} は {octaves}、{reference} は {other}（1 "
     "オクターブ = 2 倍）。",
