@@ -177,6 +177,7 @@ def test_laws_are_listed_and_evaluated(type_):
     assert "482.01 ± 124.58" in out
     assert out.count("out of range") == 3
     _, out, _ = type_("laws --at 70e9,1.4e12")
+    assert "N = 7e+10 is 4.38 times above what it was fitted on" in out
     for value in ("1.93665", "1.92084", "1.97388", "2.0246"):
         assert value in out
     assert "says nothing" in type_("laws --law kausik --at 1e9,1e10")[1]

@@ -61,9 +61,14 @@ def _cells(name: str) -> tuple[str, ...]:
 
 def _every(n: float, d: float) -> None:
     from halfulp.plan.at import values_at
-    from halfulp.plan.laws import law_names
+    from halfulp.plan.laws import law_names, load_law
 
-    rows = [(name, *row) for name in law_names() for row in values_at(name, n, d)]
+    rows = []
+    for name in law_names():
+        if found := values_at(name, n, d):
+            flags = load_law(name).outside(N=n, D=d, C=6 * n * d)
+            rows += [(name, *row) for row in found]
+            rows += [(name, "out of range", flag.removeprefix(f"{name}: ")) for flag in flags]
     print_table(("law", "what", "value"), rows)
 
 
