@@ -18,7 +18,7 @@ OnStep = Callable[[Mapping[str, Any]], None]
 
 
 def stack_file(runs: Path, id: str) -> Path:
-    """Where the worker of a run that hangs says where it hangs."""
+    """Where the worker of a run says where it hangs; the driver keeps it under another name."""
     return runs / f"{id}.stalled.txt"
 
 
@@ -100,7 +100,7 @@ class Watch:
         what = f"no step for {seconds}" if started else f"no first step for {seconds}"
         stack = stack_file(self._runs, id)
         if stack.is_file() and stack.stat().st_size > 0:
-            return f"{what}; its stack is in {stack.name}"
+            return f"{what}; its stack is in {_kept(stack).name}"
         if id in self._late:
             return f"{what}: its process was stopped, or waits for a disk that does not answer"
         return ""
@@ -114,3 +114,11 @@ class Watch:
             return beat_file(self._runs, id).stat().st_mtime_ns
         except OSError:
             return 0
+
+
+def _kept(stack: Path) -> Path:
+    """The same file under a name that no later try of the run takes."""
+    number = 1
+    while (kept := stack.with_suffix(f".{number}.txt")).exists():
+        number += 1
+    return stack.rename(kept)

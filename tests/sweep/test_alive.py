@@ -71,7 +71,11 @@ def test_the_stack_that_a_worker_has_left_comes_first(watch, tmp_path):
     stack_file(tmp_path, "a").write_text("")
     assert watch.why("a") == ""
     stack_file(tmp_path, "a").write_text("File …")
-    assert watch.why("a") == "no first step for 600 s; its stack is in a.stalled.txt"
+    assert watch.why("a") == "no first step for 600 s; its stack is in a.stalled.1.txt"
+    watch.begin("a")
+    stack_file(tmp_path, "a").write_text("another")
+    assert watch.why("a").endswith("its stack is in a.stalled.2.txt")
+    assert (tmp_path / "a.stalled.1.txt").read_text() == "File …"  # the message is still true
 
 
 def test_the_timer_of_the_worker_counts_from_the_first_step(now, tmp_path, monkeypatch):

@@ -54,8 +54,8 @@ def test_a_run_that_hangs_is_ended_and_tried_again(imagined, tmp_path, monkeypat
     )
     assert facts_of(table.results) == facts_of(imagined.results)
     (retry,) = retries
-    assert retry["message"] == f"no step for 1 s; its stack is in {retry['id']}.stalled.txt"
-    assert "in _hold" in (path / "runs" / f"{retry['id']}.stalled.txt").read_text()
+    assert retry["message"] == f"no step for 1 s; its stack is in {retry['id']}.stalled.1.txt"
+    assert "in _hold" in (path / "runs" / f"{retry['id']}.stalled.1.txt").read_text()
 
 
 def test_a_run_that_is_stopped_from_outside_is_ended_and_tried_again(
