@@ -9,7 +9,7 @@ demo: .venv/ready
 
 # Two workers of one thread each: threads that wait for a core would spin.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
