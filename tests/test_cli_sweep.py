@@ -180,6 +180,22 @@ def test_it_says_whether_anything_is_left_to_run(home, capsys, monkeypatch, stat
     assert ("go on with: halfulp sweep --resume sweep" in out) == (status == "died")
 
 
+def test_runs_of_a_refused_recipe_are_said_to_be_left_out(home, capsys, monkeypatch):
+    def refused(function, next_task, **_):
+        for outcome in imagined(function, next_task):
+            result = outcome.value.result
+            if result.recipe == "te_current":
+                result = replace(result, status="refused", message="because")
+            yield Outcome(outcome.task, Trained(result, {}))
+
+    monkeypatch.setattr("halfulp.sweep.run.run_tasks", refused)
+    _, out, _ = run(capsys)
+    assert "5 of 8 runs done (3 left out: recipe refused): sweep" in out
+    assert "go on with" not in out
+    _, out, _ = said(capsys, "status", "sweep")
+    assert "5 of 8 runs done, 3 left out: recipe refused" in out
+
+
 def test_force_does_not_replace_what_is_no_sweep(home, capsys):
     code, _, err = run(capsys, "--force", out="full")
     assert code == 2

@@ -223,11 +223,14 @@ def _seconds(option: str, text: str) -> float:
 
 
 def _conclude(table: "Table", path: Path) -> None:
-    from halfulp.sweep.order import next_cell
+    from halfulp.sweep.order import left_out, next_cell
 
     lost = sum(result.lost for result in table.results)
     done = {result.id for result in table.results if not result.lost}
-    said = f" ({lost} lost)" if lost else ""
+    never = len(left_out(table.design, table.results))
+    notes = [f"{lost} lost"] if lost else []
+    notes += [f"{never} left out: recipe refused"] if never else []
+    said = f" ({', '.join(notes)})" if notes else ""
     print(f"{len(table.results)} of {len(table.design.cells())} runs done{said}: {path}")
     if next_cell(table.design, table.results, done) is not None:
         print(f"go on with: halfulp sweep --resume {path}")

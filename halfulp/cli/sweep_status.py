@@ -72,7 +72,9 @@ def _rows(found: "Status") -> list[tuple[object, ...]]:
 
 
 def _lines(found: "Status") -> list[str]:
-    left = "" if found.done == found.cells else f", {clock(found.seconds_left)} left"
+    never = f", {found.left_out} left out: recipe refused" if found.left_out else ""
+    whole = found.done + found.left_out == found.cells
+    left = never if whole else f"{never}, {clock(found.seconds_left)} left"
     return [
         *(
             f"running: {run.id}: step {run.step}/{run.steps}, loss {run.loss_nats:.3f}"

@@ -27,6 +27,7 @@ from halfulp.run import Run
 from halfulp.sweep.inputs import Inputs
 from halfulp.sweep.interval import LEVEL
 from halfulp.sweep.money import Money, money
+from halfulp.sweep.order import left_out
 from halfulp.sweep.row import Row
 from halfulp.sweep.store import read_sweep
 from halfulp.sweep.table import Table
@@ -164,6 +165,8 @@ def _coverage(table: Table) -> str:
     )
     notes = [f"{done} of {cells} runs done"]
     notes += [f"{lost} lost"] if lost else []
+    never = len(left_out(table.design, table.results))
+    notes += [f"{never} left out, of a refused recipe"] if never else []
     notes += [f"{len(table.damaged)} damaged in the record"] if table.damaged else []
     return f"{text}; {', '.join(notes)}. {_SEEDS if len(table.seeds) < 5 else ''}"
 

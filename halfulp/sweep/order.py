@@ -16,12 +16,8 @@ def next_cell(design: Design, results: Iterable[Result], taken: Collection[str])
     Cells of a recipe that was refused are not run.
     """
     found = list(results)
-    refused = {(r.recipe, r.data) for r in found if r.status == "refused"}
-    open_ = [
-        cell
-        for cell in design.cells()
-        if cell.id not in taken and (cell.recipe, cell.data) not in refused
-    ]
+    never = {cell.id for cell in left_out(design, found)}
+    open_ = [cell for cell in design.cells() if cell.id not in taken and cell.id not in never]
     if not open_:
         return None
     spread = {design.lrs[i]: rank for rank, i in enumerate(spread_order(len(design.lrs)))}
@@ -36,6 +32,16 @@ def next_cell(design: Design, results: Iterable[Result], taken: Collection[str])
         return hopeless, design.seeds.index(cell.seed), far, spread[cell.lr]
 
     return min(open_, key=rank)  # of equals the first: the reference
+
+
+def left_out(design: Design, results: Iterable[Result]) -> list[Cell]:
+    """The cells that are not run because another run of their recipe was refused."""
+    found = list(results)
+    refused, done = (
+        {(r.recipe, r.data) for r in found if r.status == "refused"},
+        {r.id for r in found},
+    )
+    return [c for c in design.cells() if (c.recipe, c.data) in refused and c.id not in done]
 
 
 def spread_order(n: int) -> list[int]:

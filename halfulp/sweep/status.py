@@ -8,7 +8,7 @@ from pathlib import Path
 from halfulp import lock
 from halfulp.run import Run
 from halfulp.sweep.design import Cell, Design
-from halfulp.sweep.order import seconds_of
+from halfulp.sweep.order import left_out, seconds_of
 from halfulp.sweep.result import Result
 from halfulp.sweep.store import Stored, read_sweep
 
@@ -39,12 +39,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Status:
-    """A sweep as it stands; `seconds_left` is nan until a run is done, 0 when all are."""
+    """A sweep as it stands; `seconds_left` is nan until a run is done, 0 when all are.
+
+    `left_out`: runs that are not made because their recipe was refused.
+    """
 
     path: Path
     rows: tuple[Progress, ...]
     running: tuple[Running, ...]
     done: int
+    left_out: int
     cells: int
     seconds_left: float
     damaged: tuple[str, ...]
@@ -55,10 +59,12 @@ def status_of(path: Path) -> Status:
     stored = read_sweep(path)
     design = stored.design
     running = tuple(_running(path, design, stored.missing()))
+    never = left_out(design, stored.results)
+    to_run = [cell for cell in stored.missing() if cell not in never]
     rows = tuple(_row(stored, recipe, data) for data in design.data for recipe in design.recipes)
     return Status(
-        path, rows, running, len(stored.results), len(design.cells()),
-        seconds_left(stored.results, _to_run(stored), max(1, len(running))), stored.damaged,
+        path, rows, running, len(stored.results), len(never), len(design.cells()),
+        seconds_left(stored.results, to_run, max(1, len(running))), stored.damaged,
     )  # fmt: skip
 
 
@@ -70,11 +76,6 @@ def seconds_left(results: Iterable[Result], missing: Iterable[Cell], jobs: int) 
     if not any(r.status == "finished" for r in results):
         return float("nan")
     return sum(seconds_of(results, cell.recipe) for cell in missing) / jobs
-
-
-def _to_run(stored: Stored) -> list[Cell]:
-    refused = {(r.recipe, r.data) for r in stored.results if r.status == "refused"}
-    return [cell for cell in stored.missing() if (cell.recipe, cell.data) not in refused]
 
 
 def _row(stored: Stored, recipe: str, data: str) -> Progress:

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from halfulp.sweep.design import Design, make_design
-from halfulp.sweep.order import next_cell, seconds_of, spread_order
+from halfulp.sweep.order import left_out, next_cell, seconds_of, spread_order
 from halfulp.sweep.result import Result
 from halfulp.train.config import TrainConfig
 
@@ -82,6 +82,18 @@ def test_a_refused_recipe_is_not_run_again():
     order = course(design(), lambda c: {"status": "refused"} if c.recipe == "te_current" else {})
     assert [c.recipe for c in order].count("te_current") == 1
     assert [c.recipe for c in order].count("fp32") == 10
+
+
+def test_what_a_refused_recipe_leaves_out_is_neither_run_nor_done():
+    plan = design()
+    refused = {"status": "refused"}
+    order = course(plan, lambda c: refused if c.recipe == "te_current" else {})
+    results = [result_of(c, **(refused if c.recipe == "te_current" else {})) for c in order]
+    never = left_out(plan, results)
+    assert {c.id for c in order}.isdisjoint(c.id for c in never)
+    assert len(order) + len(never) == len(plan.cells())
+    assert [c.recipe for c in never] == ["te_current"] * 9
+    assert left_out(plan, results[:1]) == []
 
 
 def test_a_recipe_refused_on_one_data_set_runs_on_the_other():
