@@ -11,7 +11,7 @@ def environment() -> dict[str, Any]:
     """Versions and machine, as they decide the numbers and the speed of a run."""
     import torch
 
-    from halfulp.numerics import cuda, kernel
+    from halfulp.numerics import cpu, cuda, kernel
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     status, on_gpu = kernel.status(), cuda.status()
@@ -23,6 +23,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "narrow_gemms": cpu.narrow_gemms(),
         "gpu": [torch.cuda.get_device_name(i) for i in devices],
         "kernel": status.name,
         "kernel_reason": status.reason,

@@ -9,6 +9,9 @@ the same thing exactly up to the order of an fp32 sum:
   values themselves are bf16 numbers, and the result is rounded to bf16 anyway.
 * fp32 otherwise.
 
+On a CPU without instructions for them (numerics.cpu) the int8 and the bf16 carrier compute the same
+in fp32 GEMMs: int8 sums keep every bit, and bf16 results are those of another order of the sum.
+
 fp32 means all 24 bits of the operands: `require_fp32` refuses a process that lets torch multiply in
 TF32 or bf16 instead.
 """
@@ -24,6 +27,7 @@ from torch.nn.functional import pad
 from halfulp.errors import ConfigError, FormatError
 from halfulp.numerics import kernel
 from halfulp.numerics.apply import apply_quantizer, scales
+from halfulp.numerics.cpu import multiplies
 from halfulp.numerics.cuda import accumulate, use_cuda
 from halfulp.numerics.quantizer import Quantizer, parse_quantizer
 from halfulp.numerics.random import Key
@@ -34,6 +38,7 @@ from halfulp.numerics.rounding import round_to, use_c
 _ACCUMULATOR = parse_quantizer("e8m13:truncate")
 _FAST_CHUNK = 32  # K of one FP8 tensor-core instruction
 _SPLIT_CHUNK = 128  # K after which Transformer Engine's split accumulator adds in fp32
+_EXACT = (1 << 24) // 128**2
 CARRIERS = ("fp32", "exact")
 
 
@@ -75,6 +80,13 @@ def require_fp32(device: torch.device) -> None:
 def _fp32_precision(device: str) -> str:
     backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     return backend.matmul.fp32_precision
+
+
+# Dynamo cannot read the processor either.
+@torch.compiler.assume_constant_result
+def _narrow(name: str) -> bool:
+    """Whether "bf16" or "int8" GEMMs on the CPU are worth it."""
+    return multiplies(name)
 
 
 def multiply(a: Tensor, b: Tensor, accumulation: Accumulation = Accumulation()) -> Tensor:
@@ -146,6 +158,8 @@ def _fits_bf16(q: Quantizer) -> bool:
 
 def multiply_bf16(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ of operands that are bf16 numbers; fp32 sums, rounded to bf16, given back as fp32."""
+    if a.is_cpu and not _narrow("bf16"):
+        return (a @ b.mT).bfloat16().float()
     a, b = a.bfloat16(), b.bfloat16().mT
     if not a.is_cuda:
         return (a @ b).float()
@@ -179,8 +193,19 @@ def multiply_int8(a: Codes, b: Codes) -> Tensor:
 
 def _int_sums(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ of int8 matrices, int32 [M, N]."""
+    if a.is_cpu and not _narrow("int8"):
+        return _int_sums_in_fp32(a, b)
     (m, k), n = a.shape, b.shape[0]
     if a.is_cuda:  # its kernels take M > 16, and K and N in multiples of 8: zeros add nothing
         a = pad(a, (0, -k % 8, 0, max(0, 17 - m)))
         b = pad(b, (0, -k % 8, 0, -n % 8))
     return torch._int_mm(a, b.mT)[:m, :n]  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _int_sums_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """The same sums: fp32 holds every integer up to 2^24, the most that `_EXACT` products reach."""
+    parts = (
+        (x.float() @ y.float().mT).to(torch.int32)
+        for x, y in zip(a.split(_EXACT, 1), b.split(_EXACT, 1), strict=True)
+    )
+    return sum(parts, torch.zeros((), dtype=torch.int32))

@@ -12,7 +12,8 @@ from own_loops import act_early, batches, loss_of, model_trained, noise
 
 import halfulp
 
-CONTEXT = multiprocessing.get_context("spawn")
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["transformers.models.llama.modeling_llama", "halfulp.train.loop"])
 
 
 def together(mode: str, fault: str, folder: Path) -> list[dict]:

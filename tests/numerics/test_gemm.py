@@ -9,6 +9,7 @@ from oracles.compare import assert_same
 from oracles.grids import F32, Grid, round_exact
 
 from halfulp.errors import ConfigError, FormatError
+from halfulp.numerics import gemm
 from halfulp.numerics.apply import apply_quantizer, scales
 from halfulp.numerics.gemm import (
     Accumulation,
@@ -143,9 +144,15 @@ def test_codes_are_the_quantized_values(name, granularity, kernel_name):
         assert_same(codes.step, scales(x, q)[1])
 
 
+@pytest.fixture(params=[True, False], ids=["narrow", "fp32"])
+def gemms(request, monkeypatch):
+    """A processor with instructions for narrow GEMMs, and one without."""
+    monkeypatch.setattr(gemm, "multiplies", lambda name: request.param)
+
+
 @pytest.mark.parametrize("a_text", ["int8@row", "int8@tensor", "int4@row"])
 @pytest.mark.parametrize("b_text", ["int8@row", "int8@tensor"])
-def test_int8_carrier_is_the_exact_integer_product(a_text, b_text, kernel_name):
+def test_int8_carrier_is_the_exact_integer_product(a_text, b_text, kernel_name, gemms):
     a, b = operands("normal", 32, 24, 512)
     x, w = encode(a, parse_quantizer(a_text), None), encode(b, parse_quantizer(b_text), None)
     integers = x.codes.numpy().astype(np.int64) @ w.codes.numpy().astype(np.int64).T
@@ -158,20 +165,30 @@ def test_int8_carrier_is_the_exact_integer_product(a_text, b_text, kernel_name):
     assert (product - exact).norm() / exact.norm() > 1e-3
 
 
-def test_int8_carrier_at_the_largest_sum():
+@pytest.mark.parametrize("k", [1, 1024, 1025, 3000])
+def test_int8_sums_have_the_same_bits_everywhere(k, gemms):
+    generator = torch.manual_seed(0)
+    a, b = (torch.randint(-128, 128, (m, k), generator=generator).to(torch.int8) for m in (32, 24))
+    a[0] = b[0] = -128  # the largest sum
+    sums = gemm._int_sums(a, b)
+    assert sums.dtype is torch.int32
+    assert torch.equal(sums, (a.long() @ b.long().T).int())
+
+
+def test_int8_carrier_at_the_largest_sum(gemms):
     """4096 products of 127² exceed 2^24 and stay exact until the one rounding to fp32."""
     codes = encode(torch.full((32, 4096), 3.0), parse_quantizer("int8@tensor"), None)
     expected = F32(4096 * 127 * 127) * codes.step.numpy() * codes.step.numpy()
     assert_same(multiply_int8(codes, codes), np.full((32, 32), expected))
 
 
-def test_bf16_carrier_is_exact_for_exact_sums():
+def test_bf16_carrier_is_exact_for_exact_sums(gemms):
     a, b = operands("integers", 8, 8, 64)
     exact = a.double() @ b.double().T
     assert_same(multiply_bf16(a, b), exact.float().bfloat16())
 
 
-def test_bf16_carrier_rounds_the_fp32_product():
+def test_bf16_carrier_rounds_the_fp32_product(gemms):
     """Equal up to the order of the fp32 sum: at most one bf16 step, and rarely that."""
     q = parse_quantizer("e4m3@1x32:e8m0_up")
     a, b = (apply_quantizer(t, q) for t in operands("normal", 64, 64, 512))
