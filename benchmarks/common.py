@@ -104,13 +104,14 @@ def machine() -> str:
     """What the figures were measured on, in general terms."""
     import torch
 
-    from halfulp.numerics import kernel
+    from halfulp.numerics import cpu, kernel
 
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     models = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
     return (
-        f"{os.cpu_count()} cores, {models[0] if models else 'unknown CPU'}; "
+        f"{os.cpu_count()} cores, {models[0] if models else 'unknown CPU'} "
+        f"({torch.backends.cpu.get_cpu_capability()}; narrow GEMMs: {cpu.narrow_gemms()}); "
         f"torch {torch.__version__}; kernel: {kernel.status().name}"
     )
 

@@ -22,6 +22,6 @@ def multiplies(name: str) -> bool:
 
 
 def narrow_gemms() -> str:
-    """The carriers that are worth it on the CPU, as `halfulp info` says it."""
+    """What the CPU multiplies faster than fp32; exact carriers use fp32 GEMMs for the rest."""
     names = [name for name in _INSTRUCTIONS if multiplies(name)]
-    return ", ".join(names) or "none: exact carriers compute the same numbers in fp32 GEMMs"
+    return ", ".join(names) or "none"
