@@ -1,8 +1,9 @@
 # One virtual environment, one test command. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow reproduce benchmarks lint types clean
+.PHONY: demo test slow reproduce reproduce-all benchmarks lint types clean
 
 demo: .venv/ready
 	$(BIN)/halfulp demo
@@ -14,7 +15,12 @@ test: .venv/ready
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
+# The claims that need no more than half an hour of two cores.
 reproduce: .venv/ready
+	$(BIN)/python -m reproduce stochastic_rounding bit_reduction roundoff roundoff_models
+
+# Every claim: two hours.
+reproduce-all: .venv/ready
 	$(BIN)/python -m reproduce
 	$(BIN)/python -m pytest -n 2 -m slow tests/check
 
@@ -31,8 +37,10 @@ types: .venv/ready
 clean:
 	rm -rf .venv build dist *.egg-info
 
+# An older pip resolves for minutes; Python compiles what is imported, a tenth of what is installed.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "halfulp needs Python 3.11 or newer: make PYTHON=python3.11 …"'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,track,dev]'
+	$(INSTALL) --upgrade pip
+	$(INSTALL) --no-compile -e '.[data,track,dev]'
 	touch $@
