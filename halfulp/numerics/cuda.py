@@ -55,9 +55,15 @@ def status() -> CudaStatus:
     return CudaStatus("nvrtc", "CUDA kernel built by NVRTC")
 
 
+def transformed() -> bool:
+    """Whether torch.func (vmap, grad) is at work, whose tensors have no memory of their own."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.peek_interpreter_stack() is not None
+
+
 def use_cuda(*tensors: Tensor) -> bool:
     """Whether the fused kernels serve these tensors: eager, plain, contiguous, on an NVIDIA GPU."""
-    if not tensors[0].is_cuda or torch.compiler.is_compiling():
+    if not tensors[0].is_cuda or torch.compiler.is_compiling() or transformed():
         return False
     for t in tensors:
         if type(t) not in (Tensor, torch.nn.Parameter):

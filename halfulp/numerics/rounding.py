@@ -19,7 +19,7 @@ from torch import Tensor
 
 from halfulp.errors import FormatError
 from halfulp.numerics import kernel
-from halfulp.numerics.cuda import round_elements, use_cuda
+from halfulp.numerics.cuda import round_elements, transformed, use_cuda
 from halfulp.numerics.format import Format, get_format
 from halfulp.numerics.random import Key, words
 
@@ -45,10 +45,11 @@ def round_to(
     * `key`: Key.of(seed, name).fold(step); element i of the flattened tensor uses word index + i,
       so a shard that starts at element `index` of the whole tensor rounds as the whole does.
     * `saturate`: default is the format's (`Format.saturates`).
-    * `out`: a contiguous fp32 tensor of the same shape, which may be `x` itself.
+    * `out`: a contiguous fp32 tensor of the same shape, `x` itself or memory apart from it.
     * No gradient flows through; `halfulp.quantize` holds the straight-through estimator.
 
-    Raises FormatError for dtypes other than fp32, bf16, fp16, or when the result does not fit them.
+    Raises FormatError for dtypes other than fp32, bf16, fp16, when the result does not fit them,
+    and for arguments that are not as above.
     """
     fmt = get_format(format) if isinstance(format, str) else format
     if not isinstance(x, Tensor) or not isinstance(fmt, Format):
@@ -59,13 +60,15 @@ def round_to(
     if (
         x.dtype is torch.float32
         and use_c(x)
-        and 0 < x.numel() < 1 << 31 > index
+        and 0 < x.numel() < 1 << 31 > index >= 0
         and (out is None or use_c(out))
     ):
         result = torch.empty_like(x) if out is None else check_out(out, x)
         _round_c(x, result, fmt, rounding, saturate, key, index)
         return result
     _check_dtype(x, fmt)
+    if index < 0:
+        raise FormatError(f"index= counts elements from 0; found {index}. Give the shard's first.")
     with torch.no_grad():
         wide = x.detach().contiguous().float()
         result = _empty_like(wide) if out is None else check_out(out, x)
@@ -89,7 +92,19 @@ def check_out(out: Tensor, x: Tensor) -> Tensor:
     if out.shape != x.shape or out.dtype != torch.float32 or not out.is_contiguous():
         found = f"{out.dtype} {tuple(out.shape)}"
         raise FormatError(f"out= needs contiguous fp32 {tuple(x.shape)}; found {found}.")
+    if torch.compiler.is_compiling():
+        return out
+    shift = int(out.storage_offset()) - int(x.storage_offset())
+    copied = x.dtype is not torch.float32 or not x.is_contiguous()
+    if 0 < abs(shift) < x.numel() and not copied and _same_storage(out, x):
+        raise FormatError("out= shares part of its memory with x. Give x itself, or other memory.")
+    # The C and CUDA kernels write behind autograd's back.
+    torch.autograd.graph.increment_version(out)
     return out
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _check_dtype(x: Tensor, fmt: Format) -> None:
@@ -127,7 +142,7 @@ def _round_into(
 
 def use_c(*tensors: Tensor) -> bool:
     """Whether the C kernel serves these tensors: eager, plain, contiguous fp32 on the CPU."""
-    if torch.compiler.is_compiling() or kernel.status().name != "c":
+    if torch.compiler.is_compiling() or transformed() or kernel.status().name != "c":
         return False
     for t in tensors:
         if type(t) not in (Tensor, torch.nn.Parameter) or not (t.is_cpu and t.is_contiguous()):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -264,3 +265,12 @@ def test_mixture_covers_what_it_should():
     assert np.isnan(x).any()
     assert (np.abs(x) < 2.0**-126).any()
     assert (np.abs(x) > 2.0**100).any()
+
+
+@pytest.mark.parametrize("text", ["e4m3", "bf16:stochastic", "e4m3@1x8:e8m0_up", "e4m3@tensor"])
+def test_transforms_of_torch_func(text, kernel_name):
+    x = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(0))
+    quantize = partial(apply_quantizer, q=parse_quantizer(text), key=Key.of(0, "x"))
+    each = torch.stack([quantize(part) for part in x])
+    assert torch.equal(torch.func.vmap(quantize)(x), each)
+    assert torch.equal(torch.func.functionalize(quantize)(x), quantize(x))

@@ -77,3 +77,37 @@ def test_scale_must_be_one_fp32_number(scale, kernel_name):
 def test_sparse_tensors_are_answered():
     with pytest.raises(FormatError, match="dense"):
         round_to(torch.zeros(2, 2).to_sparse(), "e4m3")
+
+
+def test_out_is_x_or_apart_from_it(kernel_name):
+    memory = torch.randn(200_001)
+    for start, stop in ((0, 1), (1, 0)):
+        x, out = memory[start : 200_000 + start], memory[stop : 200_000 + stop]
+        with pytest.raises(FormatError, match=r"shares part of its memory with x\. Give x itself"):
+            round_to(x, "e4m3", out=out)
+        with pytest.raises(FormatError, match="shares part of its memory"):
+            apply_quantizer(x, parse_quantizer("e4m3@1x32:e8m0_up"), out=out)
+    halves = memory[:100_000], memory[100_000:200_000]
+    expected = round_to(halves[0], "e4m3")
+    assert torch.equal(round_to(halves[0], "e4m3", out=halves[1]), expected)
+
+
+def test_autograd_notices_what_is_written_to_out(kernel_name):
+    for write in (
+        lambda t: round_to(t, "e2m1", out=t),
+        lambda t: apply_quantizer(t, parse_quantizer("e2m1@row"), out=t),
+        lambda t: apply_quantizer(t, parse_quantizer("e2m1@tensor:static(2)"), out=t),
+    ):
+        w = torch.randn(4, 8, requires_grad=True)
+        saved = w.exp()
+        loss = saved.sum()
+        with torch.no_grad():
+            write(saved)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_negative_index_is_refused(kernel_name):
+    key = Key.of(0, "w")
+    with pytest.raises(FormatError, match="index= counts elements from 0; found -1"):
+        round_to(X, "e4m3", rounding="stochastic", key=key, index=-1)
