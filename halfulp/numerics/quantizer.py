@@ -164,7 +164,9 @@ def _check(q: Quantizer, text: str) -> None:
         ),
         "margin(K) needs 0 <= K <= 64": not 0 <= q.margin <= 64,
         "delayed(H) needs H >= 1": q.scale == "delayed" and q.history < 1,
-        "static(S) needs S > 0": q.scale == "static" and not q.static_scale > 0,
+        "static(S) needs 2^-126 <= S <= 2^126": (
+            q.scale == "static" and not 2.0**-126 <= q.static_scale <= 2.0**126
+        ),
         "nvfp4 is e2m1 in 1x16 or 16x16 blocks": (
             q.scale == "nvfp4"
             and (q.format.name != "e2m1" or q.granularity not in ("1x16", "16x16"))

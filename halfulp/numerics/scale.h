@@ -28,6 +28,7 @@ INLINE float power(int32_t e) { /* 2^e for -149 <= e <= 127 */
 }
 
 #define MOST 0x1.fffffep127f
+#define LEAST 0x1.000008p-128f /* the smallest number whose inverse is finite */
 
 INLINE void scale_of(uint32_t amax, const Quantizer q, int scale, float global, float decode,
                      float *s, float *inverse) {
@@ -39,7 +40,7 @@ INLINE void scale_of(uint32_t amax, const Quantizer q, int scale, float global, 
         up = up < MOST ? up : MOST;
     } else if (scale == CURRENT) {
         up = q.largest / a * power(-q.margin);
-        up = up < MOST ? up : MOST;
+        up = up < LEAST ? LEAST : (up < MOST ? up : MOST);
         down = 1.0f / up;
     } else {
         int32_t e = e8m0_exponent(amax, bits_of(q.largest), scale != E8M0_FLOOR);

@@ -3,7 +3,8 @@
 A scale s multiplies x before rounding and its inverse multiplies the result, so that
 y = Q(x · s) · (1/s). All rules start from the bits of amax = max |x| over the group:
 
-* current: s = L / amax · 2^-margin, L the largest finite value of the format.
+* current: s = L / amax · 2^-margin, L the largest finite value of the format; at least 2^-128
+  and a bit, where the inverse is still finite.
 * p2: the largest power of two with s · amax ≤ L, times 2^-margin; from bits, never from log2.
 * e8m0_up: s = 2^-E with E = ceil(log2(amax / L)): nothing is clamped (MXFP8 recipes, 2506.08027).
 * e8m0_floor: E = floor(log2 amax) − floor(log2 L): OCP's rule; the top of the block may be clamped.
@@ -24,6 +25,7 @@ from halfulp.numerics.quantizer import Quantizer
 from halfulp.numerics.rounding import round_definition
 
 _MOST = 3.4028234663852886e38  # largest finite fp32
+_LEAST = 2.0**-128 + 2.0**-149  # the smallest fp32 number whose inverse is finite
 _EXPONENT = 0x7F800000
 _E4M3 = get_format("e4m3")
 
@@ -48,7 +50,7 @@ def scale_of(
         amax = torch.where(tensor_amax >= _EXPONENT, tensor_amax, amax)
     elif q.scale in ("current", "delayed") and not q.power_of_two:
         up = divide(q.format.largest, a) * 2.0**-q.margin
-        up = torch.where(up < _MOST, up, _MOST)
+        up = up.clamp(_LEAST, _MOST)
         down = divide(1.0, up)
     else:
         e = _e8m0_exponent(amax, q)

@@ -158,3 +158,15 @@ def test_scale_of_tiny_groups_is_finite(kernel_name):
 def test_e8m0_scale_of_int2_stays_finite():
     x = torch.tensor([[3e38, 0.0]])
     assert apply_quantizer(x, parse_quantizer("int2@1x32:e8m0_up")).isfinite().all()
+
+
+@pytest.mark.parametrize("text", ["int2@row", "e4m3@row:margin(64)", "e3m4@tensor:margin(48)"])
+def test_inverse_scale_of_huge_groups_is_finite(text, kernel_name):
+    x = torch.tensor([[np.finfo(F32).max, 1e38, 0.0]])
+    s, inverse = scales(x, parse_quantizer(text))
+    assert 2.0**-128 < float(s) < 2.0**-127
+    assert 2.0**127 < float(inverse) < np.inf
+    y = apply_quantizer(x, parse_quantizer(text))
+    assert y.isfinite().all()
+    assert y[0, 2] == 0
+    assert 3.4e38 < float(y[0, 0]) < np.inf
