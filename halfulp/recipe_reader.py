@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 from halfulp.errors import FormatError, PolicyError
-from halfulp.numerics.quantizer import Quantizer, parse_quantizer
+from halfulp.numerics.quantizer import Quantizer, check_stored, parse_quantizer
 from halfulp.recipe import (
     ACCUMULATES,
     OPERANDS,
@@ -83,7 +83,7 @@ def build_recipe(
             '"NAME of a recipe" to inherit them.'
         )
     high = _choice(merged["high"], ("fp32", "bf16", "fp16"), f"{where}, high")
-    quantizers = {key: _quantizer(merged[key], high, f"{where}, {key}") for key in QUANTIZERS}
+    quantizers = {key: _stored(merged[key], key, high, where) for key in QUANTIZERS}
     rounding = _choice(
         merged["update_rounding"], ("nearest", "stochastic"), f"{where}, update_rounding"
     )
@@ -96,7 +96,7 @@ def build_recipe(
         gemms=_gemms(merged, high, where),
         **quantizers,
         update_rounding=rounding,
-        master=None if master == "none" else _quantizer(master, high, f"{where}, master"),
+        master=None if master == "none" else _stored(master, "master", high, where),
         expand_moments=typed(merged["expand_moments"], bool, f"{where}, expand_moments"),
         loss_scale=_loss_scale(merged.get("loss_scale", "none"), f"{where}, loss_scale"),
         keep=_keep(merged.get("keep", []), f"{where}, keep"),
@@ -215,7 +215,17 @@ def _spec(table: Mapping[str, Any], high: str, where: str) -> GemmSpec:
                 )
         else:
             values[key] = _quantizer(table[key], high, here)
-    return GemmSpec(**values)
+        if key in OUTPUTS:
+            _check_stored(values[key], "result", here)
+    spec = GemmSpec(**values)
+    for one, other in zip(OPERANDS[::2], OPERANDS[1::2], strict=True):
+        if getattr(spec, one).hadamard != getattr(spec, other).hadamard:
+            raise PolicyError(
+                f"{where}: {one} = {getattr(spec, one)} and {other} = {getattr(spec, other)}. A "
+                "transform cancels only where both operands have the same: give both the word "
+                "hadamard(N), or neither."
+            )
+    return spec
 
 
 def _loss_scale(value: Any, where: str) -> LossScale | None:
@@ -266,6 +276,26 @@ def _quantizer(value: Any, high: str, where: str) -> Quantizer:
     text = typed(value, str, where)
     try:
         return parse_quantizer(high if text == "high" else text)
+    except FormatError as error:
+        raise PolicyError(f"{where}: {error}") from error
+
+
+def _stored(value: Any, key: str, high: str, where: str) -> Quantizer:
+    q = _quantizer(value, high, f"{where}, {key}")
+    _check_stored(q, key, f"{where}, {key}")
+    return q
+
+
+_REFUSED = {
+    **dict.fromkeys(("weight", "master"), (("stochastic", "truncate"), "Give update_rounding.")),
+    "result": (("stochastic",), "Results of GEMMs are rounded to nearest or truncated."),
+}
+
+
+def _check_stored(q: Quantizer, what: str, where: str) -> None:
+    refused, cure = _REFUSED.get(what, ((), ""))
+    try:
+        check_stored(q, what, refused=refused, cure=cure)
     except FormatError as error:
         raise PolicyError(f"{where}: {error}") from error
 

@@ -1,6 +1,7 @@
 """A quantizer: format + scaling + rounding (+ transform), written as one short string."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -116,6 +117,22 @@ def parse_quantizer(text: str) -> Quantizer:
     quantizer = Quantizer(**fields)
     _check(quantizer, text)
     return quantizer
+
+
+def check_stored(q: Quantizer, what: str, *, refused: Collection[str] = (), cure: str = "") -> None:
+    """Refuse words without a meaning for `what`, a tensor that is no operand of a GEMM.
+
+    Raises FormatError for transforms, delayed scales and the roundings `refused`, where `cure` says
+    what to do instead.
+    """
+    problems = {
+        "only operands of GEMMs are transformed, where the other one undoes it": q.hadamard,
+        "only operands of GEMMs have delayed scales": q.scale == "delayed",
+        f"its rounding is not said here. {cure}": q.rounding in refused,
+    }
+    for problem, holds in problems.items():
+        if holds:
+            raise FormatError(f"quantizer '{q}' of the {what}: {problem.removesuffix('.')}.")
 
 
 def _parse_word(text: str, word: str) -> dict:

@@ -19,7 +19,7 @@ from halfulp.errors import ConfigError
 from halfulp.numerics import kernel
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.cuda import adamw, use_cuda
-from halfulp.numerics.quantizer import Quantizer, parse_quantizer
+from halfulp.numerics.quantizer import Quantizer, check_stored, parse_quantizer
 from halfulp.numerics.random import Key
 from halfulp.numerics.rounding import round_to, use_c
 from halfulp.optim.counters import update_counters
@@ -80,7 +80,19 @@ class AdamW(torch.optim.Optimizer):
         self._put_on_grid(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but moments stay fp32 where torch would cast them to the parameter's bf16."""
+        """As torch's, but moments stay fp32 where torch would cast them to the parameter's bf16.
+
+        The saved groups' rates and formats come into force. Raises ConfigError when they are not
+        of this class or cannot store these parameters.
+        """
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            if missing := [key for key in self.defaults if key not in saved]:
+                raise ConfigError(
+                    f"the saved optimizer has no {', '.join(missing)} in its groups: it is not "
+                    "halfulp's AdamW. Load a state that halfulp's AdamW saved, or start without."
+                )
+            _check_group(saved)
+            _check_dtypes(group, parse_quantizer(saved["weight"]))
         super().load_state_dict(state_dict)
         parameters = (p for group in self.param_groups for p in group["params"])
         indices = (i for group in state_dict["param_groups"] for i in group["params"])
@@ -121,7 +133,11 @@ class AdamW(torch.optim.Optimizer):
         step = int(state["step"])
         weight, index = _local(p), _offset(p)
         grad, m, v = (_local(t) for t in (p.grad, state["m"], state["v"]))
-        assert grad is not None
+        if grad.layout is not torch.strided:
+            raise ConfigError(
+                f"the gradient of parameter {name} is sparse; AdamW moves every weight at every "
+                "step. Make its embedding with sparse=False."
+            )
         key = Key.of(self.seed, f"{name}/update").fold(step)
         scalars = _scalars(group, step)
         q = parse_quantizer(group["weight"])
@@ -136,7 +152,8 @@ class AdamW(torch.optim.Optimizer):
                 moment_key = Key.of(self.seed, f"{name}/{which}").fold(step)
                 apply_quantizer(moment, stored, key=moment_key, out=moment)
         if self._counting:
-            self._rows[-1]["v_underflow"] = ((v == 0) & (grad != 0)).sum().item() / v.numel()
+            vanished = ((v == 0) & (grad != 0)).sum().item()
+            self._rows[-1]["v_underflow"] = vanished / max(v.numel(), 1)
 
     def _step_torch(
         self, group: dict, name: str, w: Tensor, grad: Tensor, m: Tensor, v: Tensor,
@@ -159,20 +176,26 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def _put_on_grid(self, group: dict) -> None:
         q = parse_quantizer(group["weight"])
-        for name, p in _named(group):
-            if p.dtype not in (torch.float32, torch.bfloat16):
-                raise ConfigError(
-                    f"parameter {name} is {p.dtype}; AdamW updates fp32 and bf16 parameters. "
-                    "Convert the model with model.float() and say weight= for the storage format."
-                )
-            if p.dtype is torch.bfloat16 and q.format.name != "bf16":
-                raise ConfigError(
-                    f"parameter {name} is bf16 and the optimizer stores weights as {q}. Pass "
-                    'weight="bf16", or convert the model with model.float().'
-                )
+        _check_dtypes(group, q)
+        for p in group["params"]:
             if p.dtype is torch.float32 and not q.is_identity:
                 local = _local(p)
                 local.copy_(_store(local.contiguous(), q, "nearest", None, 0))
+
+
+def _check_dtypes(group: dict, weight: Quantizer) -> None:
+    """ConfigError for parameters that cannot carry weights stored as `weight`."""
+    for name, p in _named(group):
+        if p.dtype not in (torch.float32, torch.bfloat16):
+            raise ConfigError(
+                f"parameter {name} is {p.dtype}; AdamW updates fp32 and bf16 parameters. "
+                "Convert the model with model.float() and say weight= for the storage format."
+            )
+        if p.dtype is torch.bfloat16 and weight.format.name != "bf16":
+            raise ConfigError(
+                f"parameter {name} is bf16 and the optimizer stores weights as {weight}. Pass "
+                'weight="bf16", or convert the model with model.float().'
+            )
 
 
 def update_of(optimizer: AdamW, group: dict, p: Tensor) -> Tensor:
@@ -214,6 +237,7 @@ def _step_fused(
 ) -> None:  # fmt: skip
     high, low = divmod(index, 1 << 32)
     key = key.fold(high) if high else key
+    torch.autograd.graph.increment_version(w)  # the kernels write behind autograd's back
     if w.is_cuda:
         fmt = None if q.is_identity else q.format
         adamw(w, grad, m, v, fmt, rounding, key, low, tuple(scalars.values()))
@@ -288,5 +312,10 @@ def _check_group(group: dict) -> None:
     for name, ok in checks.items():
         if not ok:
             raise ConfigError(f"AdamW: {name}={group[name]!r} is out of range. Correct its value.")
+    for option in ("amsgrad", "maximize"):
+        if group.get(option):
+            raise ConfigError(f"AdamW has no {option}. Leave it out, or use torch.optim.AdamW.")
     for name in _FORMATS:
-        parse_quantizer(group[name])
+        refused = ("stochastic", "truncate") if name == "weight" else ()
+        q = parse_quantizer(group[name])
+        check_stored(q, name, refused=refused, cure=f"Give update_rounding={q.rounding!r}.")

@@ -299,3 +299,76 @@ def test_bf16_parameters_need_a_bf16_weight():
 def test_other_parameter_dtypes_are_refused(dtype):
     with pytest.raises(ConfigError):
         AdamW(parameters(dtype).items())
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"weight": "bf16:stochastic"}, r"not said here\. Give update_rounding='stochastic'"),
+        ({"weight": "e4m3:hadamard(4)"}, "only operands of GEMMs are transformed"),
+        ({"moment_m": "e4m3@1x32:hadamard(4)"}, "only operands of GEMMs are transformed"),
+        ({"moment_v": "e4m3@tensor:delayed(4)"}, "only operands of GEMMs have delayed scales"),
+    ],
+)
+def test_words_without_a_meaning_for_stored_tensors(options, found):
+    before = parameters()
+    named = parameters()
+    with pytest.raises(FormatError, match=found):
+        AdamW(named.items(), **options)
+    assert all(torch.equal(p, before[name]) for name, p in named.items())
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_options_of_torch_that_are_missing_here(option):
+    p = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ConfigError, match=f"AdamW has no {option}"):
+        AdamW([{"params": [p], option: True}])
+    AdamW([{"params": [p], option: False}])
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    other = torch.optim.AdamW([p])
+    other.step()
+    opt = AdamW([p])
+    with pytest.raises(ConfigError, match=r"no weight, .*it is not halfulp's AdamW"):
+        opt.load_state_dict(other.state_dict())
+    opt.step()
+
+
+def test_a_state_that_stores_fp32_weights_does_not_fit_bf16_parameters():
+    """The kernel would cut their bits off."""
+    wide = AdamW([("w", torch.nn.Parameter(torch.ones(3)))])
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    opt = AdamW([("w", p)], weight="bf16", update_rounding="stochastic")
+    with pytest.raises(ConfigError, match="w is bf16 and the optimizer stores weights as fp32"):
+        opt.load_state_dict(wide.state_dict())
+    assert opt.param_groups[0]["update_rounding"] == "stochastic"
+
+
+def test_sparse_gradients_are_refused():
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ConfigError, match=r"gradient of parameter emb is sparse.*sparse=False"):
+        AdamW([("emb", embedding.weight)]).step()
+
+
+def test_a_graph_from_before_the_step_is_stale(kernel_name):
+    w, x = (torch.nn.Parameter(torch.randn(4)) for _ in range(2))
+    opt = AdamW([w])
+    loss = (w * x).sum()
+    loss.backward(retain_graph=True)
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_empty_parameter_is_counted():
+    p = torch.nn.Parameter(torch.empty(0))
+    p.grad = torch.empty(0)
+    opt = AdamW([p])
+    opt.count(True)
+    opt.step()
+    (row,) = opt.counters()
+    assert row["n"] == 0 == row["v_underflow"]
