@@ -70,6 +70,8 @@ class Quantized:
                     attach_table(self.model.get_submodule(name), quantizer, self.clock, key)
 
     def _before_forward(self, model: nn.Module, _: object) -> None:
+        if not torch.compiler.is_compiling():
+            self.clock.recent.forget()
         if self._manual or not (model.training and torch.is_grad_enabled()):
             return
         if torch.compiler.is_compiling():

@@ -29,7 +29,7 @@ class QuantizedLinear(nn.Module):
         weight = self.weight if isinstance(self, nn.Linear) else self.weight.t()
         rows = x.reshape(-1, x.shape[-1])
         y = quantized_matmul(rows, weight, self.bias, site, self.training)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class QuantizedTable(nn.Module):

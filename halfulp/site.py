@@ -4,6 +4,7 @@ The autograd function below holds the three GEMMs of y = x wᵀ. An operand that
 the same way, with a scale that does not depend on the direction, is quantized once.
 """
 
+import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from halfulp.errors import ConfigError
 from halfulp.numerics.apply import apply_quantizer, delayed_scale
 from halfulp.numerics.gemm import (
     Accumulation,
@@ -50,17 +52,23 @@ class Recent:
     """The last input quantized, for the linears that share it: q, k and v, or gate and up."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Between two forward passes a buffer may be filled anew behind torch's back."""
         self.facts: tuple | None = None
         self.copy: Tensor | None = None
 
     def find(self, x: Tensor, q: Quantizer) -> Tensor | None:
         """The copy made of `x`, if it was the last one and nothing has written to it since."""
-        if self.facts is None or self.facts[0]() is not _owner(x):
+        if self.facts is None or x.is_inference() or self.facts[0]() is not _owner(x):
             return None
         same = self.facts[1:] == (q, x._version, x.data_ptr(), x.shape, x.stride())
         return self.copy if same else None
 
     def keep(self, x: Tensor, q: Quantizer, copy: Tensor) -> None:
+        if x.is_inference():  # nothing counts who writes to those
+            return
         where = x._version, x.data_ptr(), x.shape, x.stride()
         self.facts, self.copy = (weakref.ref(_owner(x)), q, *where), copy
 
@@ -88,7 +96,10 @@ class History:
         return self.copy
 
     def roll(self, q: Quantizer, amax: Tensor) -> None:
-        self.restore(q, torch.cat([amax.view(1), self.amaxes[:-1]]))
+        """Take in the amax of a step; inf and NaN leave the scale as it is."""
+        if amax < math.inf:
+            self.restore(q, torch.cat([amax.view(1), self.amaxes[:-1]]))
+        self.seen = None
 
     def restore(self, q: Quantizer, amaxes: Tensor) -> None:
         self.amaxes, self.seen, self.copy = amaxes.clone(), None, None
@@ -211,15 +222,22 @@ class Site:
             if scale is not None:
                 self.scales[operand] = scale
 
-    def product(self, gemm: str, a: str, x: Tensor, b: str, w: Tensor, at: "Moment") -> Tensor:
-        """x wᵀ in this GEMM's carrier, of tensors that `operand` made."""
-        if gemm in self.plain:
-            return x @ w.mT
+    def product(
+        self, gemm: str, a: str, x: Tensor, b: str, w: Tensor, at: "Moment",
+        bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x wᵀ + bias in this GEMM's carrier, of tensors that `operand` made."""
         carrier, accumulation, _ = self.gemms[gemm]
-        if carrier == "int8":
+        if carrier == "bf16":
+            return multiply_bf16(x, w, bias)
+        if gemm in self.plain:
+            y = x @ w.mT
+        elif carrier == "int8":
             left = self._encode(f"{gemm}_{a}", x, at)
-            return multiply_int8(left, self._encode(f"{gemm}_{b}", w, at))
-        return multiply_bf16(x, w) if carrier == "bf16" else multiply(x, w, accumulation)
+            y = multiply_int8(left, self._encode(f"{gemm}_{b}", w, at))
+        else:
+            y = multiply(x, w, accumulation)
+        return y if bias is None else y + bias
 
     def _encode(self, operand: str, x: Tensor, at: "Moment"):
         key = self.key(operand, at)
@@ -251,15 +269,14 @@ class QuantizedMatmul(torch.autograd.Function):
     """y = x wᵀ + bias with quantized operands; the gradient passes straight through the rounding.
 
     x [..., M, K], w [..., N, K] with equal leading dimensions, bias [N] or None; y [..., M, N].
+    Raises ConfigError where a second derivative is prepared, which rounding does not have.
     """
 
     @staticmethod
     def forward(ctx, x, w, bias, keys, site: Site, training: bool):
         at = site.moment(training, keys)
         xq, wq = site.operand("fprop_x", x, at), site.operand("fprop_w", w, at)
-        y = site.product("fprop", "x", xq, "w", wq, at)
-        if bias is not None:
-            y = y + bias
+        y = site.product("fprop", "x", xq, "w", wq, at, bias)
         ctx.site, ctx.has_bias = site, bias is not None
         ctx.moment = at[:-1]
         kept = (xq if site.shared["wgrad_x"] else x, wq if site.shared["dgrad_w"] else w)
@@ -268,6 +285,13 @@ class QuantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
+        # torch's once_differentiable would leave out the rounded GEMMs where grad() is asked.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise ConfigError(
+                "simulated GEMMs have no second derivative, and create_graph=True prepares for "
+                "one. Run this forward and backward pass inside `with handle.off():`, handle "
+                "being what halfulp.quantize returned."
+            )
         (x, w, keys), site = ctx.saved_tensors, ctx.site
         at = Moment(*ctx.moment, keys)  # pyright: ignore[reportCallIssue]
         g = g.contiguous()

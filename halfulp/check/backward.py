@@ -168,10 +168,12 @@ class _Observer(Site):
     clock: Clock
     watch: "_Watch" = field(kw_only=True)
 
-    def product(self, gemm: str, a: str, x: Tensor, b: str, w: Tensor, at) -> Tensor:
+    def product(
+        self, gemm: str, a: str, x: Tensor, b: str, w: Tensor, at, bias: Tensor | None = None
+    ) -> Tensor:
         y = super().product(gemm, a, x, b, w, at)
         self.watch.see(self.name, gemm, (a, x), (b, w), y)
-        return y
+        return y if bias is None else y + bias
 
 
 @dataclass

@@ -154,7 +154,7 @@ def delayed_scale(amaxes: Tensor, q: Quantizer) -> Tensor:
     """The scale (fp32 []) that a history of amaxes (fp32 [H]; 0 = not seen yet) gives.
 
     An empty history gives 1: the first step is unscaled, as in Transformer Engine. Non-finite
-    entries are ignored: the scale before them stays in force.
+    entries are ignored.
     """
     seen = torch.where(amaxes < math.inf, amaxes, 0.0).amax()
     return scale_of(seen.view(torch.int32), q)[0]

@@ -4,7 +4,8 @@ Every product here is a bᵀ with both operands contracted along their last axis
 multiplies the dequantized values in fp32. `carrier="exact"` picks the cheapest GEMM that computes
 the same thing exactly up to the order of an fp32 sum:
 
-* int8: both operands are integers of at most 8 bits with a scale per tensor or row; int32 sums.
+* int8: both operands are integers of at most 8 bits with a current scale per tensor or row; int32
+  sums. (Codes cannot say that a value under a delayed or static scale was NaN.)
 * bf16: both operands have at most 8 significant bits and power-of-two (or no) scales, so that the
   values themselves are bf16 numbers, and the result is rounded to bf16 anyway.
 * fp32 otherwise.
@@ -91,7 +92,7 @@ def _narrow(name: str) -> bool:
 
 def multiply(a: Tensor, b: Tensor, accumulation: Accumulation = Accumulation()) -> Tensor:
     """a [..., M, K] times b [..., N, K] transposed, fp32 [..., M, N]."""
-    if not accumulation.chunk:
+    if not accumulation.chunk or not a.shape[-1]:
         return a @ b.mT
     # Under autograd or in a traced graph, a tensor that is written twice would be wrong or slow.
     reuse = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
@@ -147,6 +148,7 @@ def _fits_int8(q: Quantizer) -> bool:
         q.format.is_int
         and q.format.bits <= 8
         and q.granularity in ("tensor", "row")
+        and q.scale == "current"
         and not q.hadamard
     )
 
@@ -156,44 +158,47 @@ def _fits_bf16(q: Quantizer) -> bool:
     return q.format.mantissa_bits <= 7 and exact_scale
 
 
-def multiply_bf16(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ of operands that are bf16 numbers; fp32 sums, rounded to bf16, given back as fp32."""
-    if a.is_cpu and not _narrow("bf16"):
-        return (a @ b.mT).bfloat16().float()
-    a, b = a.bfloat16(), b.bfloat16().mT
-    if not a.is_cuda:
-        return (a @ b).float()
-    # Asked for a bf16 result, cuBLAS may also round the parts of a split sum to bf16.
+def multiply_bf16(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a bᵀ + bias of operands that are bf16 numbers; summed in fp32, rounded to bf16, as fp32."""
+    # A bf16 GEMM on the CPU rounds its result: too early for a bias.
+    if a.is_cpu and bias is None and _narrow("bf16"):
+        return (a.bfloat16() @ b.bfloat16().mT).float()
+    y = a @ b.mT if a.is_cpu else _fp32_sums(a.bfloat16(), b.bfloat16().mT)
+    return (y if bias is None else y + bias).bfloat16().float()
+
+
+def _fp32_sums(a: Tensor, b: Tensor) -> Tensor:
+    """a b of bf16 matrices on a GPU; asked for bf16, cuBLAS may round parts of a split sum too."""
     if a.ndim == 2:
-        return torch.mm(a, b, out_dtype=torch.float32).bfloat16().float()
+        return torch.mm(a, b, out_dtype=torch.float32)
     batch = a.flatten(0, -3), b.flatten(0, -3)
-    return torch.bmm(*batch, out_dtype=torch.float32).bfloat16().float().unflatten(0, a.shape[:-2])
+    return torch.bmm(*batch, out_dtype=torch.float32).unflatten(0, a.shape[:-2])
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Integer codes [M, K] (int8) and what one step is worth: fp32 [] or [M, 1]."""
+    """Integer codes [..., M, K] (int8) and what one step is worth: fp32 [] or [..., M, 1]."""
 
     codes: Tensor
     step: Tensor
 
 
-def encode(x: Tensor, q: Quantizer, key: Key | None, scale: Tensor | None = None) -> Codes:
-    """The int8 codes of `x` [M, K] for an integer quantizer per tensor or row."""
-    s, step = scales(x, q, scale)
+def encode(x: Tensor, q: Quantizer, key: Key | None) -> Codes:
+    """The int8 codes of `x` [..., M, K] for an integer quantizer per tensor or row."""
+    s, step = scales(x, q)
     codes = round_to(x * s, q.format, rounding=q.rounding, key=key, saturate=True)
     return Codes(codes.to(torch.int8), step)
 
 
 def multiply_int8(a: Codes, b: Codes) -> Tensor:
-    """a bᵀ with exact int32 sums, fp32 [M, N]."""
+    """a bᵀ with exact int32 sums, fp32 [..., M, N]."""
     product = _int_sums(a.codes, b.codes).float()
     return product.mul_(a.step).mul_(b.step if b.step.ndim == 0 else b.step.mT)
 
 
 def _int_sums(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ of int8 matrices, int32 [M, N]."""
-    if a.is_cpu and not _narrow("int8"):
+    """a bᵀ of int8 matrices, int32 [..., M, N]."""
+    if a.ndim > 2 or (a.is_cpu and not _narrow("int8")):
         return _int_sums_in_fp32(a, b)
     (m, k), n = a.shape, b.shape[0]
     if a.is_cuda:  # its kernels take M > 16, and K and N in multiples of 8: zeros add nothing
@@ -206,6 +211,6 @@ def _int_sums_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     """The same sums: fp32 holds every integer up to 2^24, the most that `_EXACT` products reach."""
     parts = (
         (x.float() @ y.float().mT).to(torch.int32)
-        for x, y in zip(a.split(_EXACT, 1), b.split(_EXACT, 1), strict=True)
+        for x, y in zip(a.split(_EXACT, -1), b.split(_EXACT, -1), strict=True)
     )
     return sum(parts, torch.zeros((), dtype=torch.int32))

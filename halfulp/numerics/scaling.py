@@ -31,8 +31,10 @@ _E4M3 = get_format("e4m3")
 
 
 def amax_bits(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """Bits (int32) of max |x| over `dim`; NaN wins over inf, inf over numbers."""
+    """Bits (int32) of max |x| over `dim`; NaN wins over inf, inf over numbers; of nothing, 0."""
     bits = x.contiguous().view(torch.int32) & 0x7FFFFFFF
+    if not x.numel():
+        return bits.sum(dim, keepdim=dim is not None, dtype=torch.int32)
     return bits.amax() if dim is None else bits.amax(dim, keepdim=True)
 
 

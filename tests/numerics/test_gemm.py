@@ -105,6 +105,8 @@ def test_unknown_accumulation(text):
         ("int8@row", "int8@1x32", "fp32", "fp32", "fp32"),
         ("int8@row:hadamard(16)", "int8@row:hadamard(16)", "fp32", "fp32", "fp32"),
         ("int12@row", "int8@row", "fp32", "fp32", "fp32"),
+        ("int8@tensor:delayed(4)", "int8@row", "fp32", "fp32", "fp32"),
+        ("int8@row", "int8@tensor:static(20)", "fp32", "fp32", "fp32"),
         ("e4m3", "e4m3", "bf16", "fp32", "bf16"),
         ("bf16", "e5m2@1x32:e8m0_up", "bf16", "fp32", "bf16"),
         ("e4m3@tensor:p2", "e4m3@row:p2", "bf16", "fp32", "bf16"),
@@ -210,3 +212,22 @@ def test_reduced_fp32_gemms_are_refused():
         finally:
             torch.set_float32_matmul_precision("highest")
     require_fp32(device)
+
+
+def test_int8_carrier_of_batches(kernel_name, gemms):
+    """Products inside attention have leading dimensions."""
+    q = parse_quantizer("int8@row")
+    a, b = (torch.randn(2, 3, m, 2500, generator=torch.manual_seed(m)) for m in (5, 7))
+    product = multiply_int8(encode(a, q, None), encode(b, q, None))
+    for i, j in ((0, 0), (1, 2)):
+        one = multiply_int8(encode(a[i, j], q, None), encode(b[i, j], q, None))
+        assert_same(product[i, j], one)
+
+
+def test_a_bias_joins_the_sum_before_it_is_rounded_to_bf16(gemms):
+    a, b = operands("integers", 8, 8, 64)
+    bias = torch.full((8,), 60.0)
+    exact = a.double() @ b.double().T + 60
+    assert_same(multiply_bf16(a, b, bias), exact.float().bfloat16())
+    twice = (multiply_bf16(a, b) + bias).bfloat16().float()
+    assert not torch.equal(multiply_bf16(a, b, bias), twice)
