@@ -240,9 +240,7 @@ class Site:
         return y if bias is None else y + bias
 
     def _encode(self, operand: str, x: Tensor, at: "Moment"):
-        key = self.key(operand, at)
-        assert not isinstance(key, Tensor)
-        codes = encode(x, self.quantizers[operand], key)
+        codes = encode(x, self.quantizers[operand], self.key(operand, at))
         if at.counting:
             self.observe(operand, x, codes.codes.float() * codes.step, at)
         return codes

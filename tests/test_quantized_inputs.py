@@ -127,3 +127,20 @@ def test_the_exact_carrier_adds_the_bias_before_it_rounds(quantizer: str) -> Non
     fp32, exact = (model.ffn[0](x) for model in models)
     assert torch.equal(exact, exact.bfloat16().float())
     assert (fp32 != exact).float().mean() < 0.01  # the order of an fp32 sum decides a tie
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
+def test_a_traced_int8_carrier_draws_as_an_eager_one() -> None:
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    results = []
+    for traced in (False, True):
+        torch._dynamo.reset()
+        model, handle = quantized("int8@row:stochastic", carrier="exact")
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if traced else model
+        handle.set_step(3)
+        y = run(x)
+        y.square().sum().backward()
+        results.append((y, model.ffn[1].weight.grad))
+    (y, gradient), (y_traced, gradient_traced) = results
+    assert torch.equal(y, y_traced)
+    assert torch.equal(gradient, gradient_traced)

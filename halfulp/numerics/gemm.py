@@ -32,7 +32,7 @@ from halfulp.numerics.cpu import multiplies
 from halfulp.numerics.cuda import accumulate, use_cuda
 from halfulp.numerics.quantizer import Quantizer, parse_quantizer
 from halfulp.numerics.random import Key
-from halfulp.numerics.rounding import round_to, use_c
+from halfulp.numerics.rounding import use_c
 
 # Hopper's FP8 tensor cores keep 13 fraction bits and truncate (DeepSeek-V3, 2412.19437 §3.5): each
 # product, where these modes cut sums of products. benchmarks/gpu_fp8.py has them side by side.
@@ -183,10 +183,10 @@ class Codes:
     step: Tensor
 
 
-def encode(x: Tensor, q: Quantizer, key: Key | None) -> Codes:
+def encode(x: Tensor, q: Quantizer, key: Key | Tensor | None) -> Codes:
     """The int8 codes of `x` [..., M, K] for an integer quantizer per tensor or row."""
     s, step = scales(x, q)
-    codes = round_to(x * s, q.format, rounding=q.rounding, key=key, saturate=True)
+    codes = apply_quantizer(x * s, q.unscaled, key=key)
     return Codes(codes.to(torch.int8), step)
 
 

@@ -39,7 +39,7 @@ class Quantizer:
 
     def __post_init__(self) -> None:
         # Dynamo reads a cached property, and cannot trace its first computation.
-        _ = self.is_identity, self.is_one_pass, self.stochastic
+        _ = self.is_identity, self.is_one_pass, self.stochastic, self.unscaled
 
     @cached_property
     def is_identity(self) -> bool:
@@ -57,6 +57,12 @@ class Quantizer:
     @cached_property
     def stochastic(self) -> bool:
         return self.rounding == "stochastic"
+
+    @cached_property
+    def unscaled(self) -> "Quantizer":
+        """The rounding of values that its scale was applied to."""
+        plain = self.scale == "none" and not self.hadamard
+        return self if plain else Quantizer(self.format, rounding=self.rounding, saturate=True)
 
     @property
     def tile(self) -> tuple[int, int]:
