@@ -30,7 +30,8 @@ class Quantized:
 
     `resolution` lists every GEMM with its recipe. Outside `halfulp train`, each forward pass of the
     model in training mode is one step of the random streams and delayed scales, unless `set_step`
-    is used: then steps end with `end_step`.
+    is used: then steps end with `end_step`. Activation checkpointing repeats a rounding at the time
+    of the backward pass: let it follow its forward pass before the next one.
     """
 
     def __init__(self, model: nn.Module, seed: int, carrier: str) -> None:

@@ -10,7 +10,7 @@ from halfulp.attention import route_attention
 from halfulp.errors import PolicyError
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.quantizer import Quantizer
-from halfulp.numerics.random import Key
+from halfulp.numerics.random import Key, fold_tensor
 from halfulp.site import Clock, Site, quantized_matmul
 
 
@@ -55,13 +55,20 @@ def _through(module: QuantizedTable, name: str) -> Tensor | None:
         return parameter
     if hasattr(parameter, "to_local"):  # FSDP2 asks for its own shard here, never a forward pass
         return parameter
-    key = module.halfulp_key.fold(clock.step).fold(clock.micro) if q.stochastic else None
+    key = _key_at(clock, module.halfulp_key) if q.stochastic else None
     return _StraightThrough.apply(parameter.float(), q, key).to(parameter.dtype)
+
+
+def _key_at(clock: Clock, key: Key) -> Key | Tensor:
+    """The key at the clock's time; a traced graph reads the time from a tensor."""
+    if torch.compiler.is_compiling():
+        return fold_tensor(fold_tensor(key.tensor(), clock.tensor[0]), clock.tensor[1])
+    return key.fold(clock.step).fold(clock.micro)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, q: Quantizer, key: Key | None):
+    def forward(ctx, x, q: Quantizer, key: Key | Tensor | None):
         return apply_quantizer(x, q, key=key)
 
     @staticmethod

@@ -144,3 +144,20 @@ def test_a_traced_int8_carrier_draws_as_an_eager_one() -> None:
     (y, gradient), (y_traced, gradient_traced) = results
     assert torch.equal(y, y_traced)
     assert torch.equal(gradient, gradient_traced)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
+def test_a_traced_stochastic_table_draws_as_an_eager_one() -> None:
+    recipe = {"extends": "fp32", "embed": "e2m1@1x32:stochastic"}
+    policy = {"recipes": {"own": recipe}, "rule": [{"match": "*", "recipe": "own"}]}
+    results = []
+    for traced in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(16, 32), nn.Linear(32, 16))
+        quantize(model, Policy.from_table(policy), hints={"0.*": "emb", "1.*": "head"})
+        run = torch.compile(model, backend="aot_eager") if traced else model
+        results.append([run(torch.arange(16)) for _ in range(3)])
+    eager, compiled = results
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+    assert not torch.equal(eager[0], eager[1])

@@ -93,6 +93,7 @@ class AdamW(torch.optim.Optimizer):
                 )
             _check_group(saved)
             _check_dtypes(group, parse_quantizer(saved["weight"]))
+            _check_shards({**group, **{key: saved[key] for key in self.defaults}})
         super().load_state_dict(state_dict)
         parameters = (p for group in self.param_groups for p in group["params"])
         indices = (i for group in state_dict["param_groups"] for i in group["params"])
@@ -177,6 +178,7 @@ class AdamW(torch.optim.Optimizer):
     def _put_on_grid(self, group: dict) -> None:
         q = parse_quantizer(group["weight"])
         _check_dtypes(group, q)
+        _check_shards(group)
         for p in group["params"]:
             if p.dtype is torch.float32 and not q.is_identity:
                 local = _local(p)
@@ -195,6 +197,22 @@ def _check_dtypes(group: dict, weight: Quantizer) -> None:
             raise ConfigError(
                 f"parameter {name} is bf16 and the optimizer stores weights as {weight}. Pass "
                 'weight="bf16", or convert the model with model.float().'
+            )
+
+
+def _check_shards(group: dict) -> None:
+    """ConfigError for parts of parameters where the format or the draw needs the whole."""
+    stored = {name: parse_quantizer(group[name]) for name in _FORMATS}
+    whole = [str(q) for q in stored.values() if q.granularity != "element" or q.stochastic]
+    for name, p in _named(group):
+        splits = [getattr(placement, "dim", None) for placement in getattr(p, "placements", ())]
+        draws = group["update_rounding"] == "stochastic" and any(splits)
+        if draws or (whole and any(dim is not None for dim in splits)):
+            found = f"stores {whole[0]}" if whole else "rounds updates stochastically"
+            raise ConfigError(
+                f"parameter {name} is sharded along {splits} and the optimizer {found}, which "
+                "needs the whole parameter. Shard along dimension 0 and store formats without "
+                "scale, with moments rounded to nearest."
             )
 
 

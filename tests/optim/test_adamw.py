@@ -1,6 +1,7 @@
 """AdamW against torch's, against a numpy oracle, and against itself: C, torch, order, resume."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -372,3 +373,30 @@ def test_an_empty_parameter_is_counted():
     opt.step()
     (row,) = opt.counters()
     assert row["n"] == 0 == row["v_underflow"]
+
+
+class Part(torch.nn.Parameter):
+    """Looks like a DTensor of one process that is sharded along `dim`."""
+
+    def sharded(self, dim: int) -> "Part":
+        self.placements = (SimpleNamespace(dim=dim),)
+        return self
+
+
+@pytest.mark.parametrize(
+    ("dim", "options", "found"),
+    [
+        (0, {"weight": "e4m3@tensor:current"}, r"stores e4m3@tensor:current"),
+        (0, {"moment_m": "bf16:stochastic"}, "stores bf16:stochastic"),
+        (1, {"weight": "bf16", "update_rounding": "stochastic"}, "updates stochastically"),
+        (0, {"weight": "bf16", "update_rounding": "stochastic"}, None),
+        (1, {"weight": "bf16"}, None),
+    ],
+)
+def test_what_needs_whole_parameters_is_refused_for_parts(dim, options, found):
+    part = Part(torch.ones(4, 8)).sharded(dim)
+    if found is None:
+        AdamW([("w", part)], **options)
+        return
+    with pytest.raises(ConfigError, match=f"parameter w is sharded along .*{found}"):
+        AdamW([("w", part)], **options)
