@@ -16,6 +16,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from halfulp.errors import FormatError
 from halfulp.numerics import kernel
@@ -92,19 +93,19 @@ def check_out(out: Tensor, x: Tensor) -> Tensor:
     if out.shape != x.shape or out.dtype != torch.float32 or not out.is_contiguous():
         found = f"{out.dtype} {tuple(out.shape)}"
         raise FormatError(f"out= needs contiguous fp32 {tuple(x.shape)}; found {found}.")
-    if torch.compiler.is_compiling():
-        return out
-    shift = int(out.storage_offset()) - int(x.storage_offset())
-    copied = x.dtype is not torch.float32 or not x.is_contiguous()
-    if 0 < abs(shift) < x.numel() and not copied and _same_storage(out, x):
+    if out is not x and _shares_part(out, x):
         raise FormatError("out= shares part of its memory with x. Give x itself, or other memory.")
-    # The C and CUDA kernels write behind autograd's back.
-    torch.autograd.graph.increment_version(out)
+    increment_version(out)  # the C and CUDA kernels write behind autograd's back
     return out
 
 
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def _shares_part(out: Tensor, x: Tensor) -> bool:
+    """Whether writing to `out` would change what is still to be read of `x`."""
+    shift = int(out.storage_offset()) - int(x.storage_offset())
+    if not 0 < abs(shift) < x.numel():
+        return False
+    copied = x.dtype is not torch.float32 or not x.is_contiguous()
+    return not copied and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
 def _check_dtype(x: Tensor, fmt: Format) -> None:
