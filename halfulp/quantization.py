@@ -195,7 +195,9 @@ class Quantized:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put histories back. Raises PolicyError when they are not those of this policy."""
         mine = histories(self.sites)
-        if differing := sorted(mine.keys() ^ state.keys()):
+        lengths = {name: history.amaxes.shape for name, (history, _) in mine.items()}
+        saved = {name: amaxes.shape for name, amaxes in state.items()}
+        if differing := sorted({name for name, _ in lengths.items() ^ saved.items()}):
             raise PolicyError(
                 f"the saved delayed-scale histories do not fit this policy; differing: "
                 f"{', '.join(differing[:4])} ({len(differing)} in all). Resume with the policy of "

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from halfulp.errors import ConfigError
+from halfulp.errors import ConfigError, PolicyError
 from halfulp.policy import Policy
 from halfulp.quantization import quantize
 
@@ -102,6 +102,14 @@ def test_a_step_with_nan_leaves_the_delayed_scale() -> None:
         handle.end_step()
         scales.append(history.scale.item())
     assert scales == [112.0, 112.0, 112.0, 224.0]
+
+
+def test_histories_of_another_length_are_refused() -> None:
+    _, longer = quantized("e4m3@tensor:delayed(16)")
+    _, handle = quantized("e4m3@tensor:delayed(4)")
+    with pytest.raises(PolicyError, match=r"do not fit this policy; differing: .*ffn\.0/"):
+        handle.load_state_dict(longer.state_dict())
+    handle.load_state_dict(handle.state_dict())
 
 
 def test_the_exact_carrier_keeps_delayed_scales_and_nan() -> None:
