@@ -151,7 +151,8 @@ class AdamW(torch.optim.Optimizer):
             stored = parse_quantizer(group[which])
             if not stored.is_identity:
                 moment_key = Key.of(self.seed, f"{name}/{which}").fold(step)
-                apply_quantizer(moment, stored, key=moment_key, out=moment)
+                flat = torch.atleast_1d(moment)
+                apply_quantizer(flat, stored, key=moment_key, out=flat)
         if self._counting:
             vanished = ((v == 0) & (grad != 0)).sum().item()
             self._rows[-1]["v_underflow"] = vanished / max(v.numel(), 1)
@@ -230,7 +231,8 @@ def _store(x: Tensor, q: Quantizer, rounding: str, key: Key | None, index: int) 
         return x
     if q.scale == "none":
         return round_to(x, q.format, rounding=rounding, key=key, index=index, saturate=q.saturate)
-    return apply_quantizer(x, replace(q, rounding=rounding), key=key)
+    row = torch.atleast_1d(x)
+    return apply_quantizer(row, replace(q, rounding=rounding), key=key).view(x.shape)
 
 
 def _fused(q: Quantizer, *tensors: Tensor) -> bool:

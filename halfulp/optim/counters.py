@@ -36,6 +36,7 @@ def update_counters(
 
 def _lost_decay(old: Tensor, q: Quantizer, decay: float) -> float:
     decayed = old * decay
-    stored = decayed if q.is_identity else apply_quantizer(decayed.contiguous(), q)
+    row = torch.atleast_1d(decayed).contiguous()
+    stored = decayed if q.is_identity else apply_quantizer(row, q).view(old.shape)
     nonzero = old != 0
     return int((nonzero & (stored == old)).sum()) / max(int(nonzero.sum()), 1)

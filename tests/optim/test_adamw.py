@@ -400,3 +400,15 @@ def test_what_needs_whole_parameters_is_refused_for_parts(dim, options, found):
         return
     with pytest.raises(ConfigError, match=f"parameter w is sharded along .*{found}"):
         AdamW([("w", part)], **options)
+
+
+def test_a_parameter_of_one_number_is_a_row_of_one(kernel_name):
+    options = {"weight": "e4m3@1x32", "moment_m": "e4m3@1x128", "moment_v": "e4m3@row"}
+    number, row = (torch.nn.Parameter(torch.full(shape, 3.3)) for shape in ((), (1,)))
+    for p in (number, row):
+        opt = AdamW([("p", p)], **options)
+        p.grad = torch.full_like(p, 0.7)
+        opt.count(True)
+        opt.step()
+        assert opt.counters()[0]["n"] == 1
+    assert number.item() == row.item() != 3.3
