@@ -10,6 +10,10 @@ from halfulp.errors import PolicyError
 from halfulp.site import Site, quantized_matmul
 
 NAME = "halfulp"
+_CURE = (
+    "Leave these products as they are: give a policy file whose first rule is "
+    'match = "layers.*.attn", recipe = "fp32".'
+)
 
 
 def register() -> None:
@@ -32,17 +36,26 @@ def route_attention(model: nn.Module, module: nn.Module) -> None:
 
     Raises PolicyError for models that do not go through transformers' attention interface.
     """
-    config: Any = getattr(model, "config", None)
     if not has_attention_interface(model, module):
         raise PolicyError(
             f"the policy rounds attention products, but {type(module).__name__} does not use "
-            "transformers' attention interface. Use a recipe whose attn_qk and attn_pv are fp32 "
-            '(in a policy file: extends = "…", attn_qk = "fp32", attn_pv = "fp32").'
+            f"transformers' attention interface. {_CURE}"
         )
-    if config._attn_implementation != NAME:
-        register()
-        model.__dict__["halfulp_attention"] = config._attn_implementation
+    if "halfulp_attention" in vars(model):
+        return
+    register()
+    # Encoders and decoders read copies of the model's config.
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    known = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
+    vars(model)["halfulp_attention"] = [(c, c._attn_implementation) for c in known]
+    for config in known:
         config._attn_implementation = NAME
+
+
+def restore_attention(model: nn.Module) -> None:
+    """The attention that the model had before `route_attention`, if that was called."""
+    for config, before in vars(model).pop("halfulp_attention", ()):
+        config._attn_implementation = before
 
 
 def attention(
@@ -54,18 +67,18 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ · scaling + mask) v; query [B, H, T, D], key, value [B, G, S, D], G divides H.
+    """softmax(q kᵀ · scaling + bias + mask) v; query [B, H, T, D], key, value [B, G, S, D], H = nG.
 
     QK and PV are quantized as the sites that halfulp.quantize left on `module` say; the softmax is
     fp32. Raises PolicyError for attention sinks, which no recipe describes.
     """
-    if s_aux is not None:
+    if any(s is not None for s in (s_aux, others.get("sinks"))):
         raise PolicyError(
-            f"{type(module).__name__} uses attention sinks, which halfulp does not quantize. Use a "
-            "recipe whose attn_qk and attn_pv are fp32, so that the model keeps its own attention."
+            f"{type(module).__name__} uses attention sinks, which halfulp does not quantize. {_CURE}"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
@@ -73,8 +86,9 @@ def attention(
     scores = _product(module, "qk", query, key) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
-        scores = scores + attention_mask
+    for added in (position_bias, attention_mask):
+        if added is not None:
+            scores = scores + added
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, dropout, module.training)
     out = _product(module, "pv", weights, value.mT)

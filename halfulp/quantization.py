@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from halfulp.attention import restore_attention
 from halfulp.blocks import block_map
 from halfulp.errors import PolicyError
 from halfulp.numerics.quantizer import Quantizer
@@ -289,6 +290,5 @@ def unquantize(model: nn.Module) -> None:
         )
     restore_classes(model)
     handle._hook.remove()
-    if (before := model.__dict__.pop("halfulp_attention", None)) is not None:
-        model.config._attn_implementation = before  # pyright: ignore[reportAttributeAccessIssue]
+    restore_attention(model)
     del model.__dict__["halfulp"]
