@@ -30,13 +30,15 @@ def _component(pattern: str) -> str:
 
 
 _FFN_NAMES = r"mlp|ffn|feed_?forward|block_sparse_moe|moe|experts?|shared_experts?|intermediate"
+_FFN_NAMES += r"|DenseReluDense"  # T5: its wo is no output projection
 _NO_ATTENTION = r"^(?!.*(?:attn|attention))"
 _LAYER_TABLE = [
     (re.compile(pattern), Kind(tuple(parts.split("+")), query))
     for pattern, parts, query in (
         (_component(r"router|shared_expert_gate"), "router", False),
         (_NO_ATTENTION + r".*" + _component(_FFN_NAMES + r"|output"), "ffn", False),
-        (_component(r"c_attn|query_key_value|[Ww]_?qkv|qkv(?:_proj|_lin)?|to_qkv|c_qkv|W_pack"),
+        (_component(r"c_attn|query_key_value|[Ww]_?qkv|qkv(?:_proj|_lin)?|to_qkv|c_qkv|W_pack"
+                    r"|in_proj_(?:weight|bias)"),
          "qk+vo", True),
         (_component(r"kv_(?:[ab]_)?proj(?:_with_mqa)?|[Ww]_?kv(?:_[ab])?|to_kv|c_kv"),
          "qk+vo", False),

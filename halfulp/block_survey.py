@@ -8,16 +8,27 @@ from torch import nn
 from halfulp.block_names import BLOCK_TYPES, NORM_NAME, Hints, Kind, block_type, globbed, look_up
 from halfulp.errors import PolicyError
 
+# nn.MultiheadAttention hands the weight of this subclass to a function.
+_NeverCalled = nn.modules.linear.NonDynamicallyQuantizableLinear
+# Forward methods that compute x wᵀ + bias and nothing else.
+_LINEAR_FORWARDS = {
+    ("torch.nn.modules.linear", "Linear"),
+    ("transformers.pytorch_utils", "Conv1D"),
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
+    ("halfulp.quantized_modules", "QuantizedLinear"),
+}
+
 
 def is_gemm_module(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer that calls one GEMM: nn.Linear or transformers' Conv1D."""
-    names = {(c.__module__, c.__name__) for c in type(module).__mro__}
-    if ("transformers.pytorch_utils", "Conv1D") in names:
-        return True
-    # nn.MultiheadAttention hands the weight of this subclass to a function: it is never called.
-    return isinstance(module, nn.Linear) and not isinstance(
-        module, nn.modules.linear.NonDynamicallyQuantizableLinear
-    )
+    """Whether `module` is a linear layer that calls one GEMM: nn.Linear or transformers' Conv1D.
+
+    Not so a subclass or an instance with a forward method of its own, which may do anything.
+    """
+    if isinstance(module, _NeverCalled):
+        return False
+    owner = next(c for c in type(module).__mro__ if "forward" in vars(c))
+    known = (owner.__module__, owner.__name__) in _LINEAR_FORWARDS
+    return known and "forward" not in vars(module)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ class Survey:
         kind = self.hints.find(site.fqn, f"{site.fqn}.weight") or _recognize(site, site.path)
         if kind is None:
             why = f"a {type(site.module).__name__} whose name says no block"
-            self.problems.append((site.fqn, why, "ffn"))
+            self.problems.append((site.fqn, why, _unknown(site)))
             return
         if kind.quantized:
             end = len(site.fqn) - len(site.path) + kind.owner
@@ -137,21 +148,20 @@ class Survey:
         for name, parameter in own.items():
             fqn = f"{site.fqn}.{name}" if site.fqn else name
             path = f"{site.path}.{name}" if site.path else name
-            if kind := self.hints.find(fqn, site.fqn):
-                matrix = parameter.ndim > 1 and block_type(kind.parts[0]) not in ("emb", "norm")
-                if matrix and kind.quantized:
-                    self.problems.append((fqn, _matrix(parameter), f"{'+'.join(kind.parts)}:fp32"))
-                elif not kind.quantized:
-                    self.unquantized.append(fqn)
-            else:
-                kind = _recognize(site, path.removesuffix(".weight").removesuffix(".bias"))
-                if kind is None:
-                    why = f"a parameter of shape {tuple(parameter.shape)} whose name says no block"
-                    self.problems.append((fqn, why, "ffn:fp32" if parameter.ndim > 1 else "ffn"))
-                elif parameter.ndim > 1 and kind.parts[0] != "emb":
-                    self.problems.append((fqn, _matrix(parameter), f"{'+'.join(kind.parts)}:fp32"))
-            if kind is not None:
-                self._place(fqn, parameter, site, kind)
+            hint = self.hints.find(fqn, site.fqn)
+            kind = hint or _recognize(site, path.removesuffix(".weight").removesuffix(".bias"))
+            if kind is None:
+                why = f"a parameter of shape {tuple(parameter.shape)} whose name says no block"
+                fp32 = ":fp32" if parameter.ndim > 1 else ""
+                self.problems.append((fqn, why, _unknown(site) + fp32))
+                continue
+            unrounded = ("emb", "norm") if hint else ("emb",)
+            if not kind.quantized:
+                self.unquantized.append(fqn)
+            elif parameter.ndim > 1 and block_type(kind.parts[0]) not in unrounded:
+                why = _matrix(parameter, site.module)
+                self.problems.append((fqn, why, f"{'+'.join(kind.parts)}:fp32"))
+            self._place(fqn, parameter, site, kind)
 
     def _place_all(self, site: Site, own: Mapping[str, nn.Parameter], kind: Kind) -> None:
         for name, parameter in own.items():
@@ -175,11 +185,16 @@ def survey_of(model: nn.Module, hints: Hints) -> Survey:
     return survey
 
 
-def _matrix(parameter: nn.Parameter) -> str:
-    return (
-        f"weights of shape {tuple(parameter.shape)} outside nn.Linear and Conv1D, "
-        "not a GEMM that can be quantized"
-    )
+def _unknown(site: Site) -> str:
+    """A block that a thing of unknown name may belong to where it stands, as an example."""
+    return "head" if site.stack is None else "ffn"
+
+
+def _matrix(parameter: nn.Parameter, module: nn.Module) -> str:
+    where = "outside nn.Linear and Conv1D"
+    if isinstance(module, nn.Linear) and not isinstance(module, _NeverCalled):
+        where = f"in a {type(module).__name__}, which has a forward method of its own"
+    return f"weights of shape {tuple(parameter.shape)} {where}, not a GEMM that can be quantized"
 
 
 def _recognize(site: Site, path: str) -> Kind | None:

@@ -12,7 +12,7 @@ from itertools import accumulate
 from torch import nn
 
 from halfulp.block_names import BLOCK_TYPES, Hints, block_type, layer_of
-from halfulp.block_survey import Placed, Survey, survey_of
+from halfulp.block_survey import Placed, Survey, is_gemm_module, survey_of
 from halfulp.errors import PolicyError
 
 _OUTER_TYPES = ("emb", "head")  # one block in the model, wherever the module sits
@@ -132,10 +132,11 @@ def _blocks(placed: Placed, offsets: Mapping[str | None, int]) -> tuple[str, ...
         elif not offsets:
             names.append(f"layers.0.{part}")
         else:
+            name = placed.site.fqn if is_gemm_module(placed.site.module) else placed.name
             raise PolicyError(
-                f"{placed.name} is {part} by its name, but lies outside the stacks of layers "
+                f"{name} is {part} by its name or a hint, but lies outside the stacks of layers "
                 f"({', '.join(filter(None, offsets))}): its layer is unknown. Say which block it "
-                f"is: hints={{{placed.name!r}: 'layers.0.{part}'}}."
+                f"is: hints={{{name!r}: 'layers.0.{part}'}}."
             )
     return tuple(names)
 

@@ -163,6 +163,20 @@ def test_opt_projections_around_the_layers():
     assert blocks.norms["model.decoder.layers.1.final_layer_norm"] == "layers.1.norm"
 
 
+def test_the_output_of_the_feed_forward_of_t5_is_no_output_projection():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=64)
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(config)
+    blocks = block_map(model)
+    check_complete(model, blocks)
+    assert blocks.layers == 4
+    for layer in range(4):
+        assert names_of(blocks, f"layers.{layer}.ffn") == ["wi", "wo"]
+    assert names_of(blocks, "layers.0.vo") == ["v", "o"]
+
+
 def test_qk_norm_gains_are_norms():
     blocks = block_map(tiny("qwen3", HEADS))
     assert blocks.norms["model.layers.1.self_attn.q_norm"] == "layers.1.norm"
@@ -339,11 +353,31 @@ def test_adapters_inside_a_projection():
 def test_multihead_attention_hides_its_projections():
     attention = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2)})
     model = Plain(nn.ModuleList([layer(attention)]))
-    with pytest.raises(PolicyError, match=r"layers\.\*\.attention\.mha\.out_proj\.weight"):
+    with pytest.raises(PolicyError, match=r"layers\.\*\.attention\.mha\.out_proj\.weight") as error:
         block_map(model)
+    assert "mha.in_proj_weight': 'qk+vo:fp32'" in str(error.value)
     blocks = block_map(model, {"*.mha.in_proj_*": "qk:fp32", "*.mha.out_proj*": "vo:fp32"})
     assert not any(g.module.startswith("layers.0.attention") for g in blocks.gemms)
     assert blocks.parameters["layers.0.attention.mha.in_proj_bias"] == "layers.0.qk"
+
+
+class Scaled(nn.Linear):
+    """A linear layer that does more than multiply, as routers, adapters and 8-bit layers do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(x)
+
+
+def test_linears_with_a_forward_of_their_own_are_no_gemm_that_can_be_replaced():
+    patched = nn.Linear(8, 8)
+    patched.forward = lambda x: x
+    for linear, name in ((Scaled(8, 8), "Scaled"), (patched, "Linear")):
+        model = Plain(nn.ModuleList([layer(ffn=nn.ModuleDict({"w1": linear}))]))
+        with pytest.raises(PolicyError, match=f"in a {name}, which has a forward .* of its own"):
+            block_map(model)
+        blocks = block_map(model, {"layers.*.feed_forward.w1.weight": "ffn:fp32"})
+        assert names_of(blocks, "layers.0.ffn") == []
+        assert blocks.parameters["layers.0.feed_forward.w1.bias"] == "layers.0.ffn"
 
 
 def strange() -> nn.Module:
@@ -415,6 +449,16 @@ def test_layer_block_outside_the_stacks_needs_a_block_name():
         block_map(model)
     blocks = block_map(model, {"shared_mlp.fc1": "layers.0.ffn"})
     assert names_of(blocks, "layers.0.ffn") == ["w1", "fc1"]
+
+
+def test_the_hint_shown_for_a_linear_outside_the_layers_works():
+    model = Plain(nn.ModuleList([layer()]), vocab_transform=nn.Linear(8, 8))
+    with pytest.raises(PolicyError, match=r"hints=\{'vocab_transform': 'head'\}"):
+        block_map(model)
+    assert names_of(block_map(model, {"vocab_transform": "head"}), "head")[-1] == "vocab_transform"
+    # A wrong hint is corrected by one that takes its place.
+    with pytest.raises(PolicyError, match=r"hints=\{'vocab_transform': 'layers\.0\.ffn'\}"):
+        block_map(model, {"vocab_transform": "ffn"})
 
 
 def test_table_for_people():
