@@ -1,7 +1,6 @@
 """Attention whose two products, QK and PV, run as quantized GEMMs in Hugging Face models."""
 
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +9,14 @@ from halfulp.errors import PolicyError
 from halfulp.site import Site, quantized_matmul
 
 NAME = "halfulp"
-_CURE = (
-    "Leave these products as they are: give a policy file whose first rule is "
-    'match = "layers.*.attn", recipe = "fp32".'
-)
+
+
+def leave_alone(match: str = "layers.*.attn") -> str:
+    """What to do about attention products that cannot be quantized."""
+    return (
+        "Leave these products as they are: give a policy file whose first rule is "
+        f'match = "{match}", recipe = "fp32".'
+    )
 
 
 def register() -> None:
@@ -31,16 +34,17 @@ def has_attention_interface(model: nn.Module, module: nn.Module) -> bool:
     return there and getattr(model, "config", None) is not None
 
 
-def route_attention(model: nn.Module, module: nn.Module) -> None:
-    """Route the model's attention through `attention`.
-
-    Raises PolicyError for models that do not go through transformers' attention interface.
-    """
+def refuse_own_attention(model: nn.Module, module: nn.Module) -> None:
+    """PolicyError if the attention in `module` does not use transformers' attention interface."""
     if not has_attention_interface(model, module):
         raise PolicyError(
             f"the policy rounds attention products, but {type(module).__name__} does not use "
-            f"transformers' attention interface. {_CURE}"
+            f"transformers' attention interface. {leave_alone()}"
         )
+
+
+def route_attention(model: nn.Module) -> None:
+    """Route every attention of the model through `attention`, until `restore_attention`."""
     if "halfulp_attention" in vars(model):
         return
     register()
@@ -78,7 +82,8 @@ def attention(
     """
     if any(s is not None for s in (s_aux, others.get("sinks"))):
         raise PolicyError(
-            f"{type(module).__name__} uses attention sinks, which halfulp does not quantize. {_CURE}"
+            f"{type(module).__name__} uses attention sinks, which halfulp does not quantize. "
+            + leave_alone()
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]

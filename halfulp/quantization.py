@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from halfulp.attention import restore_attention
+from halfulp.attention import refuse_own_attention, restore_attention
 from halfulp.blocks import block_map
+from halfulp.bypass import refuse_bypassed
 from halfulp.errors import PolicyError
-from halfulp.numerics.quantizer import Quantizer
 from halfulp.numerics.random import Key
 from halfulp.numerics.statistics import shares
 from halfulp.policy import Policy, Resolution, refuse_partial
@@ -42,8 +42,11 @@ class Quantized:
         self.resolution: Resolution
         # Names, amaxes, scales and largest values of the step that ended last.
         self._rolled: tuple[list[str], Tensor, list[Tensor], list[float]] | None = None
-        self._manual = False
-        self._hook = model.register_forward_pre_hook(self._before_forward)
+        self._manual = self._looked = False
+        self._hooks = (
+            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_hook(self._after_forward),
+        )
 
     def switch(self, resolution: Resolution) -> None:
         """Put `resolution` in force; weights stay.
@@ -52,15 +55,14 @@ class Quantized:
         """
         before = self.sites
         detach(self.model)
-        self._rolled = None
+        self._rolled, self._looked = None, False
         self.resolution = resolution
         self.sites = {
             gemm.name: before[gemm.name]
             if gemm.name in before and before[gemm.name].spec == spec
             else Site(gemm.name, gemm.block, spec, self.seed, self.clock, self.carrier)
             for gemm, _, spec, _ in resolution.gemms
-            if not all(q.is_identity for name, q in vars(spec).items() if isinstance(q, Quantizer))
-            or any(getattr(spec, f"{g}_accumulate") != "fp32" for g in ("fprop", "dgrad", "wgrad"))
+            if not spec.is_identity
         }
         for gemm, *_ in resolution.gemms:
             if (site := self.sites.get(gemm.name)) is not None:
@@ -81,6 +83,14 @@ class Quantized:
             return
         self.end_step()
         self.clock.set(self.clock.step + 1, 0)
+
+    def _after_forward(self, model: nn.Module, _: object, output: object) -> None:
+        """The first eager forward pass with gradients shows whether a GEMM went past its site."""
+        if torch.compiler.is_compiling() or self._looked:
+            return
+        if torch.is_grad_enabled() and self.clock.enabled:
+            self._looked = True
+            refuse_bypassed(model, self.resolution, self.sites, output)
 
     def set_step(self, step: int, micro: int = 0) -> None:
         """Select the random bits of `step`; `micro` counts micro-batches over all ranks."""
@@ -239,7 +249,8 @@ def quantize(
     * `allow_partial`: run recipes of which the simulation leaves parts out.
 
     Parameters, their names and the state dict do not change. Raises PolicyError when the model is
-    quantized already, when a rule matches nothing or when a GEMM is undecided.
+    quantized already, when a rule matches nothing or when a GEMM is undecided. The first forward
+    pass with gradients raises it for GEMMs that the model computes past the modules that round.
     """
     if not isinstance(model, nn.Module):
         raise PolicyError(f"quantize takes a torch module; found {type(model).__name__}.")
@@ -262,6 +273,9 @@ def resolve(
     """Which recipe each GEMM and parameter of `model` gets; errors as in `quantize`."""
     resolution = as_policy(policy).resolve(block_map(model, hints))
     refuse_partial(resolution, allow_partial)
+    for gemm, _, spec, _ in resolution.gemms:
+        if gemm.role.startswith("attn") and not spec.is_identity:
+            refuse_own_attention(model, model.get_submodule(gemm.module))
     return resolution
 
 
@@ -289,6 +303,7 @@ def unquantize(model: nn.Module) -> None:
             "this model is not quantized. Call halfulp.quantize(model, policy) first."
         )
     restore_classes(model)
-    handle._hook.remove()
+    for hook in handle._hooks:
+        hook.remove()
     restore_attention(model)
     del model.__dict__["halfulp"]

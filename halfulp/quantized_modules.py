@@ -1,7 +1,7 @@
 """Modules that compute as a policy says: classes mixed into those of a model, and out again."""
 
 from collections.abc import Collection
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -33,22 +33,14 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedTable(nn.Module):
-    """Mixed into an embedding or norm: its weight and bias are read through `halfulp_quantizer`."""
+    """Mixed into an embedding or norm: its parameters are read through `halfulp_quantizer`."""
 
     halfulp_quantizer: Quantizer | None
     halfulp_clock: Clock
     halfulp_key: Key
 
-    @property
-    def weight(self) -> Tensor | None:
-        return _through(self, "weight")
 
-    @property
-    def bias(self) -> Tensor | None:
-        return _through(self, "bias")
-
-
-def _through(module: QuantizedTable, name: str) -> Tensor | None:
+def _through(name: str, module: QuantizedTable) -> Tensor | None:
     parameter, q = module._parameters.get(name), module.halfulp_quantizer
     clock = module.halfulp_clock
     if parameter is None or q is None or not clock.enabled:
@@ -77,26 +69,37 @@ class _StraightThrough(torch.autograd.Function):
 
 
 @cache
-def _mixed(mixin: type, base: type) -> type:
-    return type(f"Quantized{base.__name__}", (mixin, base), {"__module__": __name__})
+def _mixed(mixin: type, base: type, tables: tuple[str, ...] = ()) -> type:
+    read = {name: property(partial(_through, name)) for name in tables}
+    return type(f"Quantized{base.__name__}", (mixin, base), {"__module__": __name__, **read})
 
 
 def attach(model: nn.Module, name: str, role: str, site: Site) -> None:
     """Let the module `name` run the GEMM of this role as `site` says."""
     module = model.get_submodule(name)
     if role in ("attn_qk", "attn_pv"):
-        route_attention(model, module)
+        route_attention(model)
         vars(module)[f"halfulp_{role[5:]}"] = site
         return
     if not isinstance(module, QuantizedLinear):
         module.__class__ = _mixed(QuantizedLinear, type(module))
+        _refuse_fused_inference(model.get_submodule(name.rpartition(".")[0]))
     vars(module)["halfulp_site"] = site
+
+
+def _refuse_fused_inference(layer: nn.Module) -> None:
+    """Keep torch's encoder layer from its inference path, which reads the weights of its linears.
+
+    A layer with a hook does not take that path.
+    """
+    if isinstance(layer, nn.TransformerEncoderLayer) and "halfulp_hook" not in vars(layer):
+        vars(layer)["halfulp_hook"] = layer.register_forward_pre_hook(lambda *_: None)
 
 
 def attach_table(module: nn.Module, quantizer: Quantizer, clock: Clock, key: Key) -> None:
     """Let an embedding or norm read its parameters through `quantizer`."""
     if not isinstance(module, QuantizedTable):
-        module.__class__ = _mixed(QuantizedTable, type(module))
+        module.__class__ = _mixed(QuantizedTable, type(module), tuple(module._parameters))
     vars(module)["halfulp_quantizer"] = quantizer
     vars(module)["halfulp_clock"] = clock
     vars(module)["halfulp_key"] = key
@@ -137,6 +140,9 @@ def restore_classes(model: nn.Module) -> None:
                 "then; handle.switch(resolution) changes the policy in place."
             )
     detach(model)
+    for module in model.modules():
+        if (hook := vars(module).pop("halfulp_hook", None)) is not None:
+            hook.remove()
     for module in modules:
         module.__class__ = type(module).__bases__[1]
         for name in [n for n in module.__dict__ if n.startswith("halfulp_")]:

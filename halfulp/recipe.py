@@ -39,6 +39,13 @@ class GemmSpec:
     dgrad_accumulate: str
     wgrad_accumulate: str
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether all three GEMMs are those of fp32."""
+        quantizers = (getattr(self, key) for key in (*OPERANDS, *OUTPUTS))
+        plain = all(getattr(self, key) == "fp32" for key in ACCUMULATES)
+        return plain and all(q.is_identity for q in quantizers)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossScale:

@@ -117,6 +117,7 @@ class Site:
     clock: Clock
     carrier: str = "fp32"
     enabled: bool = True  # this site alone; the clock's switch is that of all
+    used: bool = False  # by an eager forward pass
     histories: dict[str, History] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     # Delayed ones, as the counters saw them.
@@ -164,6 +165,7 @@ class Site:
         """The clock's time. A traced graph keeps it in `keys`: an int would be a constant there."""
         if torch.compiler.is_compiling():
             return Moment(0, 0, training, False, traced=True, keys=keys)
+        self.used = True
         clock = self.clock
         return Moment(clock.step, clock.micro, training, clock.counting, traced=False)
 

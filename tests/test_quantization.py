@@ -240,6 +240,73 @@ def test_quantized_attention_without_rounding_is_attention() -> None:
         unquantize(model)
 
 
+def test_every_attention_of_an_encoder_decoder_is_rounded() -> None:
+    """Encoder and decoder have configs of their own; T5 adds a bias for each position."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
+        decoder_start_token_id=0, dropout_rate=0.0,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    plain = loss_and_gradient(model)
+    for quantizer, low, high in (("e8m22", 0, 1e-6), ("e4m3@tensor:current", 1e-3, 1e-1)):
+        attention = {"operands": quantizer}
+        recipe = {"extends": "fp32", "attn_qk": attention, "attn_pv": attention}
+        table = {"recipes": {"own": recipe}, "rule": [{"match": "*", "recipe": "own"}]}
+        handle = quantize(model, Policy.from_table(table))
+        assert len(handle.sites) == 6
+        rounded = loss_and_gradient(model)
+        assert all(site.used for site in handle.sites.values())
+        assert low < error(rounded[1], plain[1].double()) < high
+        unquantize(model)
+    assert model.encoder.config._attn_implementation == "sdpa"
+    assert torch.equal(loss_and_gradient(model)[1], plain[1])
+
+
+class Bypassing(nn.Module):
+    """Hands the weight of a linear to a function, as fused kernels do; experts may be idle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mlp = {"fc1": nn.Linear(8, 8), "fc2": nn.Linear(8, 8), "up_proj": nn.Linear(8, 8)}
+        self.layers = nn.ModuleList([nn.ModuleDict(mlp)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mlp = self.layers[0]
+        return nn.functional.linear(mlp["fc1"](x), mlp["fc2"].weight)
+
+
+def test_a_gemm_that_goes_past_its_module_is_an_error_with_its_cure() -> None:
+    model, x = Bypassing(), torch.randn(4, 8)
+    quantize(model, everywhere("e4m3@tensor:current"))
+    with pytest.raises(PolicyError, match=r"layers\.\*\.ffn\.fc2, but Bypassing") as raised:
+        model(x)
+    assert "fc1" not in str(raised.value)
+    assert "up_proj" not in str(raised.value)
+    unquantize(model)
+    hints = {"layers.*.fc2": "ffn:fp32"}
+    assert str(hints) in str(raised.value)
+    quantize(model, everywhere("e4m3@tensor:current"), hints=hints)
+    model(x).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_torch_encoder_layers_stay_quantized_in_inference() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    hints = {"*.in_proj_weight": "qk+vo:fp32", "*.out_proj.weight": "vo:fp32"}
+    x = torch.randn(2, 8, 32)
+    with torch.no_grad():
+        plain = model(x)
+        quantize(model, everywhere("e4m3@tensor:current"), hints=hints)
+        assert 3e-3 < error(model(x), plain.double()) < 5e-2
+        unquantize(model)
+        assert torch.equal(model(x), plain)
+
+
 def test_embedding_and_norm_are_rounded_when_the_recipe_says_so() -> None:
     model = tiny_llama()
     recipe = {"extends": "fp32", "embed": "e2m1@1x16:current", "norm": "e4m3@1x32:e8m0_floor"}
@@ -251,6 +318,27 @@ def test_embedding_and_norm_are_rounded_when_the_recipe_says_so() -> None:
     assert gradient.norm() > 0
     unquantize(model)
     assert model.model.embed_tokens.weight is table_kept["model.embed_tokens.weight"]
+
+
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.linspace(0.5, 1.5, 256))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
+def test_a_norm_is_rounded_whatever_its_parameters_are_called() -> None:
+    model = Linear()
+    model.norm = Gain()
+    recipe = {"extends": "fp32", "norm": "e4m3"}
+    table = {"recipes": {"own": recipe}, "rule": [{"match": "*", "recipe": "own"}]}
+    quantize(model, Policy.from_table(table), hints=HINTS)
+    gain = model.norm._parameters["gamma"]
+    assert 0.01 < error(model.norm(torch.ones(256)), gain.double()) < 0.04
+    unquantize(model)
+    assert model.norm.gamma is gain
 
 
 STOCHASTIC = "e5m2@tensor:current:stochastic"
@@ -411,8 +499,14 @@ def test_mistakes_are_answered() -> None:
     quantize(model, "te_current")
     with pytest.raises(PolicyError, match="already"):
         quantize(model, "te_current")
-    with pytest.raises(PolicyError, match="attention interface"):
-        quantize(Attention(), "te_current")
+    plain = Attention()
+    with pytest.raises(PolicyError, match="attention interface") as refused:
+        quantize(plain, "te_current")
+    # Nothing was touched, and the cure that the error shows is one.
+    assert not any(isinstance(module, QuantizedLinear) for module in plain.modules())
+    assert 'match = "layers.*.attn", recipe = "fp32"' in str(refused.value)
+    rules = [{"match": "layers.*.attn", "recipe": "fp32"}, {"match": "*", "recipe": "te_current"}]
+    assert len(quantize(plain, Policy.from_table({"rule": rules})).sites) == 4
 
 
 class Attention(nn.Module):
