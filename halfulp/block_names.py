@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import cache
+from itertools import chain
 
 from halfulp.errors import PolicyError
 
@@ -80,6 +81,12 @@ class Hints:
     """The user's hints and which of them were used."""
 
     def __init__(self, hints: Mapping[str, str]):
+        said = chain(*hints.items()) if isinstance(hints, Mapping) else [hints]
+        if not all(isinstance(word, str) for word in said):
+            raise PolicyError(
+                f"hints = {hints!r}. Give a mapping of name patterns to blocks, for example "
+                "{'*.mixer.in_proj': 'ffn'}."
+            )
         self.kinds = {glob: _parse_hint(glob, value) for glob, value in hints.items()}
         self.patterns = {glob: re.compile(translate(glob)) for glob in hints}
         self.used: set[str] = set()

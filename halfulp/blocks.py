@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from torch import nn
 
-from halfulp.block_names import BLOCK_TYPES, Hints, block_type, layer_of
+from halfulp.block_names import BLOCK_TYPES, Hints, block_type, globbed, layer_of
 from halfulp.block_survey import Placed, Survey, is_gemm_module, survey_of
 from halfulp.errors import PolicyError
 
@@ -70,7 +70,11 @@ class BlockMap:
         lines = [("block", "parameters", "GEMMs")]
         lines += [(k.format(_ranges(n)), str(c * len(n)), g) for (k, c, g), n in grouped.items()]
         widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
-        return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in lines)
+        text = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in lines]
+        if self.unquantized:
+            names = ", ".join(dict.fromkeys(map(globbed, self.unquantized)))
+            text.append(f"unquantized: {names}")
+        return "\n".join(text)
 
 
 def block_map(model: nn.Module, hints: Mapping[str, str] | None = None) -> BlockMap:

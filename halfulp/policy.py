@@ -26,6 +26,7 @@ from halfulp.recipe_reader import (
     FAMILY,
     build_recipe,
     check_keys,
+    complete,
     is_shipped,
     load_recipe,
     nearest,
@@ -82,7 +83,8 @@ class Resolution:
 
     `rules` are those of the policy with every `keep` spelled out as a rule of its own.
     `parameters` and `blocks` map every parameter to its recipe and its block; `embeds` and `norms`
-    map modules to the quantizer of their table or affine parameters.
+    map modules to the quantizer of their table or affine parameters. `unquantized` names what hints
+    left out: no recipe rounds its products.
     """
 
     gemms: tuple[Decision, ...]
@@ -91,6 +93,7 @@ class Resolution:
     embeds: Mapping[str, Quantizer]
     norms: Mapping[str, Quantizer]
     rules: tuple[Rule, ...]
+    unquantized: tuple[str, ...] = ()
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -160,11 +163,9 @@ class Policy:
         check_keys(table, ("name", "recipes", "rule"), "the policy")
         recipes = _inline_recipes(typed(table.get("recipes", {}), dict, "recipes"))
         rules = []
-        for i, entry in enumerate(typed(table.get("rule", []), list, "rule"), 1):
-            check_keys(typed(entry, dict, f"rule {i}"), ("match", "recipe"), f"rule {i}")
-            match, recipe = (
-                typed(entry.get(key), str, f"rule {i}, {key}") for key in ("match", "recipe")
-            )
+        for i, entry in enumerate(typed(table.get("rule", []), list, "rule (write [[rule]])"), 1):
+            complete(entry, ("match", "recipe"), f"rule {i}")
+            match, recipe = (typed(entry[k], str, f"rule {i}, {k}") for k in ("match", "recipe"))
             rules.append(Rule(match, _find(recipe, recipes, f"rule {i} ({match!r})")))
         if not rules:
             raise PolicyError(
@@ -217,6 +218,7 @@ class Policy:
             embeds={module: recipes[block].embed for module, block in blocks.embeddings.items()},
             norms={module: recipes[block].norm for module, block in blocks.norms.items()},
             rules=rules,
+            unquantized=blocks.unquantized,
         )
 
     def without_idle(self, blocks: BlockMap) -> "Policy":
@@ -270,10 +272,11 @@ class Policy:
                     f"rule {i + 1} ({rule}) decides nothing: earlier rules match all it matches. "
                     "The first match wins: put the narrower rule first, or delete it."
                 )
-            valid = list(dict.fromkeys([*map(globbed, names), *names]))
+            globs = dict.fromkeys(map(globbed, names))
             raise PolicyError(
                 f"rule {i + 1} ({rule}) matches no GEMM and no block. Nearest names: "
-                f"{nearest(rule.match, valid)}. Fix the pattern or delete the rule."
+                f"{nearest(rule.match, list(globs | dict.fromkeys(names)), globs)}. Fix the "
+                "pattern or delete the rule."
             )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from halfulp.attention import refuse_own_attention, restore_attention
 from halfulp.blocks import block_map
@@ -43,10 +44,19 @@ class Quantized:
         # Names, amaxes, scales and largest values of the step that ended last.
         self._rolled: tuple[list[str], Tensor, list[Tensor], list[float]] | None = None
         self._manual = self._looked = False
+        self._hooks: tuple[RemovableHandle, ...] = ()
+
+    def follow(self) -> None:
+        """See every forward pass of the model."""
         self._hooks = (
-            model.register_forward_pre_hook(self._before_forward),
-            model.register_forward_hook(self._after_forward),
+            self.model.register_forward_pre_hook(self._before_forward),
+            self.model.register_forward_hook(self._after_forward),
         )
+
+    def leave(self) -> None:
+        """See no forward pass any more."""
+        for hook in self._hooks:
+            hook.remove()
 
     def switch(self, resolution: Resolution) -> None:
         """Put `resolution` in force; weights stay.
@@ -259,6 +269,7 @@ def quantize(
     resolution = resolve(model, policy, hints=hints, allow_partial=allow_partial)
     handle = Quantized(model, seed, carrier)
     handle.switch(resolution)
+    handle.follow()
     model.__dict__["halfulp"] = handle
     return handle
 
@@ -303,7 +314,6 @@ def unquantize(model: nn.Module) -> None:
             "this model is not quantized. Call halfulp.quantize(model, policy) first."
         )
     restore_classes(model)
-    for hook in handle._hooks:
-        hook.remove()
+    handle.leave()
     restore_attention(model)
     del model.__dict__["halfulp"]

@@ -107,10 +107,13 @@ def build_recipe(
     )
 
 
-def nearest(name: str, valid: Collection[str]) -> str:
-    """The valid names closest to `name`, for an error message; all of them if none is close."""
+def nearest(name: str, valid: Collection[str], otherwise: Collection[str] = ()) -> str:
+    """The valid names closest to `name`, for an error message; `otherwise` if none is close.
+
+    Without `otherwise` it is all that are valid.
+    """
     near = difflib.get_close_matches(name, valid, n=3, cutoff=0.4)
-    return ", ".join(near or sorted(valid))
+    return ", ".join(near or sorted(otherwise or valid))
 
 
 def _folder() -> Traversable:
@@ -232,7 +235,7 @@ def _loss_scale(value: Any, where: str) -> LossScale | None:
     if value == "none":
         return None
     keys = tuple(field.name for field in fields(LossScale))
-    table = _complete(value, keys, where)
+    table = complete(value, keys, where)
     numbers = {
         key: float(typed(table[key], (int, float), f"{where}.{key}"))
         for key in ("init", "growth", "backoff")
@@ -252,7 +255,7 @@ def _loss_scale(value: Any, where: str) -> LossScale | None:
 def _keep(value: Any, where: str) -> tuple[Keep, ...]:
     result = []
     for entry in typed(value, list, where):
-        table = _complete(entry, ("first", "last", "recipe"), where)
+        table = complete(entry, ("first", "last", "recipe"), where)
         first, last = (typed(table[key], int, f"{where}.{key}") for key in ("first", "last"))
         if first < 0 or last < 0 or first + last == 0:
             raise PolicyError(
@@ -264,7 +267,8 @@ def _keep(value: Any, where: str) -> tuple[Keep, ...]:
     return tuple(result)
 
 
-def _complete(value: Any, keys: Collection[str], where: str) -> Mapping[str, Any]:
+def complete(value: Any, keys: Collection[str], where: str) -> Mapping[str, Any]:
+    """`value` if it is a table with exactly these keys, else PolicyError."""
     table = typed(value, dict, where)
     check_keys(table, keys, where)
     if missing := [key for key in keys if key not in table]:

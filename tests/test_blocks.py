@@ -202,6 +202,8 @@ def test_experts_as_3d_parameters_are_an_error_that_shows_the_hint():
     assert blocks.parameters["model.layers.1.mlp.gate.weight"] == "layers.1.router"
     assert names_of(blocks, "layers.0.ffn") == []
     assert len(blocks.unquantized) == 6
+    last = str(blocks).splitlines()[-1]
+    assert last.startswith("unquantized: model.layers.*.mlp.gate.weight, model.layers.*.mlp.expe")
     # Claiming that they can be quantized does not help.
     with pytest.raises(PolicyError, match=r"experts\.down_proj': 'ffn:fp32'"):
         block_map(model, hints | {"model.layers.*.mlp.experts.down_proj": "ffn"})
@@ -436,6 +438,8 @@ def test_first_hint_wins_over_tables_and_later_hints():
         ({"*.wq": "qkv"}, "'qkv' is no block.*qk"),
         ({"*.wq": "layers.0.attn"}, "no block"),
         ({"*.wq": "qk:bf16"}, "'qk:bf16' is no block"),
+        ({"*.wq": 3}, "hints = .*Give a mapping"),
+        (["*.wq"], "hints = .*Give a mapping"),
     ],
 )
 def test_bad_hints(hints: dict, found: str):

@@ -147,6 +147,10 @@ def test_fused_gemm_whose_parts_disagree():
         ([("layers.*.ffn.*", "fp32")], "no rule decides .*GEMM head.lm_head.*parameters of emb"),
         ([("layers.*", "fp32"), ("head", "fp32")], "no rule decides parameters of emb, .* norm"),
         ([("Layers.*", "fp32"), ("*", "fp32")], "matches no GEMM"),
+        (
+            [("", "fp32"), ("*", "fp32")],
+            r"names: emb, head, head.lm_head, layers\.\*\.attn, [^1]*$",
+        ),
     ],
 )
 def test_unused_and_undecided(rules: list, found: str):
@@ -268,8 +272,8 @@ RULE = '[[rule]]\nmatch = "*"\nrecipe = "{}"\n'
         ("", "has no rule"),
         ("rules = 1", "no key 'rules'. Nearest valid keys: rule"),
         ('[[rule]]\nmatch = "*"\nrecipes = "fp32"', "rule 1 has no key 'recipes'.*recipe"),
-        ('[[rule]]\nmatch = "*"', "rule 1, recipe = None"),
-        ('[rule]\nmatch = "*"', "rule = .* is dict; give list"),
+        ('[[rule]]\nmatch = "*"', "rule 1 lacks recipe"),
+        ('[rule]\nmatch = "*"', r"rule \(write \[\[rule\]\]\) = .* is dict"),
         (RULE.format("mxpf8"), r"rule 1 \('\*'\): no recipe is called 'mxpf8'. Nearest .* mxfp8"),
         ('[recipes.fp]\nextends = "fp32"\n' + RULE.format("fq"), "policy itself defines fp"),
         ('[recipes.fp32]\nextends = "tf32"\n' + RULE.format("fp32"), "my_fp32"),

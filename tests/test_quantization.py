@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import halfulp
-from halfulp.errors import PolicyError
+from halfulp.errors import FormatError, PolicyError
 from halfulp.policy import Policy
 from halfulp.quantization import quantize, unquantize
 from halfulp.quantized_modules import QuantizedLinear
@@ -496,6 +496,9 @@ def test_mistakes_are_answered() -> None:
         quantize(model, "te_curent")
     with pytest.raises(PolicyError, match="allow_partial"):
         quantize(model, "coat")
+    with pytest.raises(FormatError, match="carrier 'fp8'"):
+        quantize(model, "te_current", carrier="fp8")
+    assert not model._forward_pre_hooks
     quantize(model, "te_current")
     with pytest.raises(PolicyError, match="already"):
         quantize(model, "te_current")

@@ -14,11 +14,12 @@ def recipes(
 
     Shows what it rounds: operands, storage, what stays high, and what is not simulated.
     """
-    from halfulp.policy import load_recipe, recipe_names
+    from halfulp.policy import FAMILY, load_recipe, recipe_names
 
     if name is None:
-        named = [load_recipe(n) for n in recipe_names()]
-        print_table(("recipe", "what it does"), [(r.name, r.summary) for r in named])
+        rows = [(name, load_recipe(name).summary) for name in recipe_names()]
+        family = f"A family, for example mask_e5m7: {load_recipe('mask_e5m7').summary}"
+        print_table(("recipe", "what it does"), sorted([*rows, (FAMILY, family)]))
         return
     from halfulp.recipe import recipe_table
 

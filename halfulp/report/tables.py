@@ -126,6 +126,8 @@ def _rules(record: Record) -> Child:
         noun = "GEMM" if count == 1 else "GEMMs"
         lines.append(tag("div", tag("code", match), f" → {recipe}, {count} {noun}"))
     lines += [tag("div", f"from step {step:,}: {recipe}") for step, recipe in record.stages]
+    for name in record.summary.get("unquantized") or ():
+        lines.append(tag("div", tag("code", name), " left unquantized by a hint"))
     return join(*lines) if lines else "–"
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from halfulp.block_names import globbed
 from halfulp.errors import NonFiniteError, RunError, StoppedError
 from halfulp.guard.faults import Fault
 from halfulp.guard.incident import BACK, STOP
@@ -236,6 +237,7 @@ def _end(s: Session, reason: str) -> Summary:
         diverged=reason in ("nonfinite", "stopped") or _worse_than_at_first(s),
     )
     facts = {key: value for key, value in asdict(summary).items() if key != "path"}
+    resolution = s.precision.handle.resolution
     s.run.summarize(
         name=s.run.path.name,
         recipe=name_of(s.config.policy),
@@ -244,7 +246,8 @@ def _end(s: Session, reason: str) -> Summary:
         parameters=sum(p.numel() for p in s.model.parameters()),
         data=s.data.describe(),
         config_sha256=s.run.environment().get("config_sha256", ""),
-        policy=s.precision.handle.resolution.rows(),
+        policy=resolution.rows(),
+        unquantized=list(dict.fromkeys(map(globbed, resolution.unquantized))),
         **facts_of(s),
         **(s.guard.facts() if s.guard else {}),
     )

@@ -5,6 +5,8 @@ import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import browser
 import matplotlib.image
@@ -16,6 +18,7 @@ from halfulp.errors import RunError
 from halfulp.report import findings, write_report
 from halfulp.report.html import escape, join, printable, tag
 from halfulp.report.strips import colors
+from halfulp.report.tables import policy_table
 
 HOSTILE = (
     "\"><script>alert(1)</script><img src=x onerror=alert(2)>'$\\frac{}{$ &amp; \u202e\x1b 日本 🙂"
@@ -217,3 +220,10 @@ def test_screenshot_shows_the_page_in_both_themes(page, tmp_path, theme, scheme)
     drawn = np.abs(pixels - np.median(pixels, axis=(0, 1))).max(axis=-1) > 0.25
     assert 0.01 < drawn.mean() < 0.5
     assert all(band.any() for band in np.array_split(drawn, 9))
+
+
+def test_the_policy_table_names_what_a_hint_left_unquantized():
+    summary = {"policy": [["*", "mxfp8", 13]], "unquantized": ["layers.*.experts.down_proj"]}
+    record: Any = SimpleNamespace(label="a", summary=summary, stages=(), formats={})
+    text = str(policy_table([record]))
+    assert "<code>layers.*.experts.down_proj</code> left unquantized by a hint" in text
