@@ -20,21 +20,27 @@ def refuse_bypassed(
     """PolicyError if `output` depends on weights of a site that no forward pass has used.
 
     So it is when a model hands the weight of a linear to a function of its own, or computes an
-    attention outside transformers' interface. Graphs with compiled parts are not looked at.
+    attention outside transformers' interface. Models with compiled parts are not looked at.
     """
     unused = [
         gemm
         for gemm, *_ in resolution.gemms
         if (site := sites.get(gemm.name)) is not None and site.enabled and not site.used
     ]
-    if not unused or (reached := _parameters_of(output)) is None:
+    modules = dict(model.named_modules())
+    if not unused or any(map(_is_compiled, modules.values())):
+        return
+    if (reached := _parameters_of(output)) is None:
         return
     # A tied head's weight is used by the embedding.
     reached -= {id(p) for n, p in model.named_parameters() if resolution.blocks.get(n) == "emb"}
-    modules = dict(model.named_modules())
     past = [g for g in unused if _own(modules.get(g.module), g.role) & reached]
     if past:
         raise PolicyError(_message(model, past))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def _own(module: nn.Module | None, role: str) -> set[int]:

@@ -292,6 +292,20 @@ def test_a_gemm_that_goes_past_its_module_is_an_error_with_its_cure() -> None:
     model(x).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_parts_do_not_look_as_if_they_went_past_the_sites() -> None:
+    torch._dynamo.reset()
+    policy, x = everywhere("e4m3@tensor:current"), torch.randn(4, 256)
+    plain, layer, function = Linear(), Linear(), Linear()
+    layer.ffn.compile(backend="eager")
+    function.forward = torch.compile(function.forward, backend="aot_eager")
+    for model in (plain, layer, function):
+        handle = quantize(model, policy, hints=HINTS)
+        assert torch.equal(model(x), plain(x))
+        assert all(site.used == (model is plain) for site in handle.sites.values())
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_torch_encoder_layers_stay_quantized_in_inference() -> None:
     torch.manual_seed(0)
