@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from halfulp.errors import PolicyError
 from halfulp.site import Site, quantized_matmul
 
-NAME = "halfulp"
+PREFIX = "halfulp_"  # of the names in transformers' registry; what follows was there before
 
 
 def leave_alone(match: str = "layers.*.attn") -> str:
@@ -17,15 +17,6 @@ def leave_alone(match: str = "layers.*.attn") -> str:
         "Leave these products as they are: give a policy file whose first rule is "
         f'match = "{match}", recipe = "fp32".'
     )
-
-
-def register() -> None:
-    """Make `attn_implementation="halfulp"` known to transformers."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, eager_mask)
 
 
 def has_attention_interface(model: nn.Module, module: nn.Module) -> bool:
@@ -45,21 +36,36 @@ def refuse_own_attention(model: nn.Module, module: nn.Module) -> None:
 
 def route_attention(model: nn.Module) -> None:
     """Route every attention of the model through `attention`, until `restore_attention`."""
-    if "halfulp_attention" in vars(model):
-        return
-    register()
     # Encoders and decoders read copies of the model's config.
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     known = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
-    vars(model)["halfulp_attention"] = [(c, c._attn_implementation) for c in known]
-    for config in known:
-        config._attn_implementation = NAME
+    vars(model)["halfulp_attention"] = known
+    keep_attention(model)
+
+
+def keep_attention(model: nn.Module) -> None:
+    """Route the attention again if a model that shares a config, or the user, changed that."""
+    for config in vars(model).get("halfulp_attention", ()):
+        name = config._attn_implementation or "eager"
+        if not name.startswith(PREFIX):
+            _register(PREFIX + name)
+            config._attn_implementation = PREFIX + name
 
 
 def restore_attention(model: nn.Module) -> None:
     """The attention that the model had before `route_attention`, if that was called."""
-    for config, before in vars(model).pop("halfulp_attention", ()):
-        config._attn_implementation = before
+    configs = vars(model).pop("halfulp_attention", ())
+    names = [config._attn_implementation for config in configs]
+    for config, name in zip(configs, names, strict=True):  # setting one sets those inside it
+        config._attn_implementation = name.removeprefix(PREFIX)
+
+
+def _register(name: str) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, eager_mask)
 
 
 def attention(

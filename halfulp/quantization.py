@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from halfulp.attention import refuse_own_attention, restore_attention
+from halfulp.attention import keep_attention, refuse_own_attention, restore_attention
 from halfulp.blocks import block_map
 from halfulp.bypass import refuse_bypassed
 from halfulp.errors import PolicyError
@@ -86,6 +86,7 @@ class Quantized:
     def _before_forward(self, model: nn.Module, _: object) -> None:
         if not torch.compiler.is_compiling():
             self.clock.recent.forget()
+            keep_attention(model)
         if self._manual or not (model.training and torch.is_grad_enabled()):
             return
         if torch.compiler.is_compiling():

@@ -78,7 +78,8 @@ def attach(model: nn.Module, name: str, role: str, site: Site) -> None:
     """Let the module `name` run the GEMM of this role as `site` says."""
     module = model.get_submodule(name)
     if role in ("attn_qk", "attn_pv"):
-        route_attention(model)
+        if "halfulp_attention" not in vars(model):
+            route_attention(model)
         vars(module)[f"halfulp_{role[5:]}"] = site
         return
     if not isinstance(module, QuantizedLinear):

@@ -265,6 +265,22 @@ def test_every_attention_of_an_encoder_decoder_is_rounded() -> None:
     assert torch.equal(loss_and_gradient(model)[1], plain[1])
 
 
+def test_models_that_share_a_config_are_quantized_each_for_itself() -> None:
+    first = tiny_llama()
+    second = LlamaForCausalLM(first.config)
+    plain = loss_and_gradient(second)[0]
+    for model in (first, second):
+        quantize(model, "mx_ocp")
+    rounded = loss_and_gradient(second)[0]
+    unquantize(first)
+    assert loss_and_gradient(second)[0] == rounded
+    second.set_attn_implementation("eager")
+    assert loss_and_gradient(second)[0] == rounded
+    second.set_attn_implementation("sdpa")
+    unquantize(second)
+    assert loss_and_gradient(second)[0] == plain
+
+
 class Bypassing(nn.Module):
     """Hands the weight of a linear to a function, as fused kernels do; experts may be idle."""
 

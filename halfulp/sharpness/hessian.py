@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from halfulp.attention import PREFIX
 from halfulp.batch import Batch, predict
 from halfulp.errors import CheckError
 from halfulp.pieces import Piece
 from halfulp.sharpness.first_order import log_probabilities, mean_loss
 from halfulp.sharpness.setup import is_compiled
 
-_OWN = ("eager", "halfulp")  # attention written in differentiable torch operations
+_OWN = ("eager", PREFIX)  # begins the names of attention in differentiable torch operations
 _STEP = 3e-3  # of the finite difference, in root mean squares of each parameter
 _MOST_OFF = 0.05  # in fp32 it is 1e-4 off
 
@@ -55,7 +56,7 @@ def _attention_names(model: nn.Module) -> list[str]:
 
 def _attention_note(model: nn.Module) -> str:
     names = _attention_names(model)
-    if names and set(names) <= set(_OWN):
+    if names and all(name.startswith(_OWN) for name in names):
         return f"Attention ran as the model's own operations ({', '.join(names)})."
     asked = f" ({', '.join(names)})" if names else ""
     return (

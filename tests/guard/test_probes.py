@@ -160,7 +160,7 @@ def test_the_largest_attention_logit(family, attention, batch):
     expected = scores_of(model, batch, "oracle")
     if attention == "halfulp":
         halfulp.quantize(model, "bf16_amp")
-        assert model.config._attn_implementation == "halfulp"
+        assert model.config._attn_implementation == "halfulp_sdpa"
     found = look(model, batch)
     for layer, value in enumerate(expected):
         reading = found["attention_logits", f"layers.{layer}.attn"]
