@@ -53,7 +53,11 @@ def keep_attention(model: nn.Module) -> None:
 
 
 def restore_attention(model: nn.Module) -> None:
-    """The attention that the model had before `route_attention`, if that was called."""
+    """The attention that the model had before `route_attention`, if that was called.
+
+    Otherwise fp32 attention would have other bits after a policy that rounds it than in a resumed
+    run, which has never rounded it.
+    """
     configs = vars(model).pop("halfulp_attention", ())
     names = [config._attn_implementation for config in configs]
     for config, name in zip(configs, names, strict=True):  # setting one sets those inside it

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from halfulp.attention import keep_attention, refuse_own_attention, restore_attention
+from halfulp.attention import keep_attention, refuse_own_attention
 from halfulp.blocks import block_map
 from halfulp.bypass import refuse_bypassed
 from halfulp.errors import PolicyError
@@ -316,5 +316,4 @@ def unquantize(model: nn.Module) -> None:
         )
     restore_classes(model)
     handle.leave()
-    restore_attention(model)
     del model.__dict__["halfulp"]

@@ -6,7 +6,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from halfulp.attention import route_attention
+from halfulp.attention import restore_attention, route_attention
 from halfulp.errors import PolicyError
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.quantizer import Quantizer
@@ -121,6 +121,7 @@ def quantized_tables(
 
 def detach(model: nn.Module) -> None:
     """Every module computes as before, keeping its class (FSDP may have wrapped it)."""
+    restore_attention(model)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             vars(module)["halfulp_site"] = None

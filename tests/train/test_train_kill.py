@@ -86,6 +86,17 @@ def test_a_torn_line_does_not_stop_the_resume(make_config):
     assert said(path) == said(whole)
 
 
+@pytest.mark.parametrize("before", ["bf16_amp", "te_delayed"])
+def test_a_resume_in_the_stage_after_another_has_the_bits_of_the_whole_run(make_config, before):
+    """bf16_amp rounds the products of attention and the stage after it does not."""
+    stages = {"recipe": "bf16_weights_sr", "schedule": [{"until": 0.4, "recipe": before}]}
+    path = train(make_config("run", policy=stages, train={"keep": 3})).path
+    expected, events = state(path, 12), said(path)
+    train(config_of(path), resume=path, from_step=8)
+    assert same(state(path, 12), expected)
+    assert said(path) == events
+
+
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_serves(make_config):
     whole = train(make_config("whole")).path
     path = train(make_config("broken")).path
