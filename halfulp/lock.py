@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from halfulp.errors import RunError
@@ -11,25 +13,21 @@ from halfulp.errors import RunError
 def acquire(path: Path) -> None:
     """Make this process the writer that `path` names; a file left by a dead process is taken over.
 
-    RunError when another live process, or any process of another machine, is the writer.
+    RunError when another live process, or any process of another machine, is the writer. Of
+    processes that come at the same moment one becomes the writer.
     """
     mine = _identity()
-    text = json.dumps(mine)
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-        return
-    except FileExistsError:
-        pass
-    other = _read(path)
-    if other is not None and other != mine and _alive(other):
-        raise RunError(
-            f"{path.parent} is being written by process {other.get('pid')} on "
-            f"{other.get('host')}. Wait for it or stop it; if it is gone, delete {path}."
-        )
-    waiting = path.with_name(f"{path.name}.{os.getpid()}")
-    waiting.write_text(text, encoding="utf-8")
-    waiting.replace(path)
+    with _turn(path):
+        other = _read(path)
+        if other is not None and other != mine and _alive(other):
+            raise RunError(
+                f"{path.parent} is being written by process {other.get('pid')} on "
+                f"{other.get('host')}. Wait for it or stop it; if it is gone, delete {path}."
+            )
+        # A process may be killed here: the name of what it leaves is known to `run_files`.
+        waiting = path.with_name(f"{path.name}.{os.getpid()}")
+        waiting.write_text(json.dumps(mine), encoding="utf-8")
+        waiting.replace(path)
 
 
 def held(path: Path) -> bool:
@@ -42,6 +40,23 @@ def release(path: Path) -> None:
     """Remove the file if it names this process."""
     if _read(path) == _identity():
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Inside, no other process of this machine is inside for the directory of `path`."""
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems lock no directories
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _read(path: Path) -> dict | None:

@@ -65,8 +65,8 @@ class Run:
         run = cls(Path(path), writer=writer)
         if not writer:
             return run
-        make_room(run.path, force=force, own=own)
         text = toml.dumps(config)
+        make_room(run.path, force=force, own=own)
         # config.toml comes first: a directory with it can be recognized as a run.
         write_whole(run.path / "config.toml", text)
         run._begin_writing()

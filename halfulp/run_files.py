@@ -36,30 +36,33 @@ def check_room(path: Path, *, force: bool, own: Set[str] = OWN_FILES) -> bool:
         entries = os.listdir(path) if os.path.isdir(path) else ()
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}. Give another name.") from error
-    # A process that is killed before its run has begun leaves config.toml.part and nothing else.
-    names = set(entries) - {"config.toml.part"}
+    # A process that is killed before its run has begun leaves no more than these.
+    names = {n for n in entries if n != "config.toml.part" and not n.startswith("writer.lock")}
     if names:
         _check_replaceable(path, names, force=force, own=own)
     return bool(names)
 
 
 def make_room(path: Path, *, force: bool, own: Set[str]) -> None:
-    """An empty directory at `path`; RunError as in Run.create."""
-    replaced = check_room(path, force=force, own=own)
+    """An empty directory at `path`, which this process writes; RunError as in Run.create."""
+    check_room(path, force=force, own=own)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(path / "writer.lock")
     except OSError as error:
         raise RunError(
             f"the run directory {path} cannot be made: {error.strerror or error}. "
             "Give a place that can be written."
         ) from error
-    if not replaced:
-        return
-    lock.acquire(path / "writer.lock")
-    for entry in path.iterdir():
+    try:
+        replaced = check_room(path, force=force, own=own)  # another process may have been faster
+    except RunError:
+        lock.release(path / "writer.lock")
+        raise
+    for entry in path.iterdir() if replaced else ():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        else:
+        elif entry.name != "writer.lock":
             entry.unlink()
 
 
@@ -70,11 +73,16 @@ def _check_replaceable(path: Path, names: Set[str], *, force: bool, own: Set[str
             "resume the run, or delete it with force."
         )
     foreign = sorted(name for name in names if not _written_by_a_run(name, own))
-    if foreign or not names & {"config.toml", "events.jsonl"} or path.is_symlink():
-        found = f"holds {', '.join(foreign[:5])}" if foreign else "is a link or not a run"
+    if foreign:
         raise RunError(
-            f"{path} is not deleted by force: it {found}, which no run writes. "
-            "Move those files or give another name."
+            f"{path} is not deleted by force: it holds {', '.join(foreign[:5])}, which no run "
+            "writes. Move those files or give another name."
+        )
+    if not names & {"events.jsonl", "environment.json"} or path.is_symlink():
+        holds = f"no run, but holds {', '.join(sorted(names)[:5])}"
+        raise RunError(
+            f"{path} is not deleted by force: it is {'a link' if path.is_symlink() else holds}. "
+            "Delete it yourself, or give another name."
         )
 
 

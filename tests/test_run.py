@@ -1,11 +1,14 @@
 import json
 import math
 import resource
+import socket
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,10 +103,15 @@ def test_force_replaces_a_run_and_nothing_else(tmp_path, run):
         create(run.path, force=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "report.html").write_text("")
-    with pytest.raises(RunError, match="not a run"):
+    with pytest.raises(RunError, match=r"no run, but holds report\.html"):
         create(tmp_path / "other", force=True)
     assert (run.path / "thesis.tex").exists()
     assert (tmp_path / "other" / "report.html").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.toml").write_text("# written by hand")
+    with pytest.raises(RunError, match=r"no run, but holds config\.toml"):
+        create(tmp_path / "mine", force=True)
+    assert (tmp_path / "mine" / "config.toml").exists()
 
 
 def test_torn_last_line_is_passed_over_then_cut_and_kept(run):
@@ -284,11 +292,67 @@ def test_second_writer_is_refused_until_the_first_is_gone(run):
     assert not (run.path / "writer.lock").exists()
 
 
+RACE = """
+import sys, time
+from pathlib import Path
+from halfulp import lock
+from halfulp.errors import RunError
+print("ready", flush=True)
+won, begin = [], float(sys.stdin.readline())
+for i, folder in enumerate(sys.argv[1:]):
+    while time.time() < begin + 0.02 * i:
+        pass
+    try:
+        lock.acquire(Path(folder) / "writer.lock")
+        won.append(i)
+    except RunError:
+        pass
+print(won, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("left", ["", '{"pid": 1, "host": "%s", "began": "-1"}'])
+def test_of_processes_that_come_at_once_one_becomes_the_writer(tmp_path, left):
+    """After a kill all of them find the lock of a dead process."""
+    folders = [tmp_path / str(i) for i in range(20)]
+    for folder in folders:
+        folder.mkdir()
+        if left:
+            (folder / "writer.lock").write_text(left % socket.gethostname())
+    call = [sys.executable, "-c", RACE, *map(str, folders)]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    racers: list[Any] = [subprocess.Popen(call, **pipes) for _ in range(3)]
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    begin = time.time() + 0.1
+    for racer in racers:
+        racer.stdin.write(f"{begin}\n")
+        racer.stdin.flush()
+    won = [json.loads(racer.stdout.readline()) for racer in racers]  # all are alive until then
+    for racer in racers:
+        racer.communicate()
+    assert sorted(i for each in won for i in each) == list(range(20))
+
+
+def test_a_configuration_is_not_replaced_by_that_of_a_slower_process(tmp_path, monkeypatch):
+    """Both have seen an empty directory; then one of them has begun, and has even finished."""
+
+    def as_before(path, **options):
+        monkeypatch.undo()
+        create(path).close()
+        return False
+
+    monkeypatch.setattr("halfulp.run_files.check_room", as_before)
+    with pytest.raises(RunError, match="exists and is not empty"):
+        Run.create(tmp_path / "run", {"train": {"lr": 3.0}}, command=[])
+    assert Run.open(tmp_path / "run").config()["train"]["lr"] == 1e-05
+    assert not (tmp_path / "run" / "writer.lock").exists()
+
+
 def test_reused_process_id_and_broken_lock_are_stale_but_another_host_is_not(run):
     run.close()
     file = run.path / "writer.lock"
-    import socket
-
     heir = {"pid": 1, "host": socket.gethostname(), "began": "-1"}
     for text in (json.dumps(heir), "", "[]"):
         file.write_text(text)
