@@ -300,8 +300,7 @@ from halfulp.errors import RunError
 print("ready", flush=True)
 won, begin = [], float(sys.stdin.readline())
 for i, folder in enumerate(sys.argv[1:]):
-    while time.time() < begin + 0.02 * i:
-        pass
+    time.sleep(max(0.0, begin + 0.02 * i - time.time()))
     try:
         lock.acquire(Path(folder) / "writer.lock")
         won.append(i)
