@@ -60,6 +60,24 @@ class StoppedError(HalfulpError):
     """A run that the guard has stopped, because nothing that it may do has helped."""
 
 
+def lack(error: BaseException) -> str | None:
+    """What the machine lacks, as an answer; None if `error` is neither of memory nor of files."""
+    if isinstance(error, OSError) and error.strerror:
+        return (
+            f"{error.filename or 'a file'}: {error.strerror}. Check that it is there, that this "
+            "user may use it and that the disk has room."
+        )
+    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if memory or "allocate memory" in str(error):
+        why = str(error).partition("\n")[0] or "no more can be had"
+        return (
+            f"memory ran out: {why}. Give a smaller model, fewer sequences at a time (train.rows; "
+            "train.accumulate makes up for them) or shorter ones (data.length). A run that has "
+            "begun keeps its checkpoints."
+        )
+    return None
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import the optional `module`.
 

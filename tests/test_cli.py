@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import re
@@ -116,6 +117,38 @@ def test_info_names_kernel_and_versions(capsys):
     assert facts["kernel"] in ("c", "torch")
     assert facts["kernel reason"]
     assert facts["torch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", f"train.rows={10**12}"), "memory ran out: Unable to allocate"),
+        (("--set", f"train.accumulate={10**14}"), "memory ran out: "),
+        (("--out", "/dev/null/run"), "Not a directory"),
+    ],
+)
+def test_a_lack_of_memory_or_disk_is_a_message_and_exit_code_2(
+    capsys, tmp_path, text, arguments, message
+):
+    out = str(tmp_path / "run")
+    code, _, err = run(capsys, *TINY, "--data", text, "--out", out, *arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_file_that_is_in_the_way_is_named(capsys, tmp_path, text, monkeypatch):
+    arguments = (*TINY, "--data", text, "--out", str(tmp_path / "run"))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "config.toml.part")
+
+    monkeypatch.setattr("halfulp.run.write_whole", full)
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert err.startswith("error: config.toml.part: No space left on device. Check that")
+    monkeypatch.undo()
+    assert run(capsys, *arguments)[0] == 0
 
 
 def test_train_report_and_resume_of_a_finished_run(capsys, tmp_path, text):

@@ -10,11 +10,12 @@ from typing import NoReturn
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit.
 
-    Exit codes: 0 done, 2 a HalfulpError (its message goes to stderr) or a wrong option, 130 a run
-    that was interrupted and can be resumed. `halfulp check` has its own, said in its --help.
+    Exit codes: 0 done, 2 a HalfulpError (its message goes to stderr), a wrong option, or a lack of
+    memory, disk or permission, 130 a run that was interrupted and can be resumed. `halfulp check`
+    has its own, said in its --help.
     """
     from halfulp.cli.app import app
-    from halfulp.errors import HalfulpError
+    from halfulp.errors import HalfulpError, lack
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that knows no "−" or "×" shows their codes, and not a number without its sign.
@@ -22,7 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         app(arguments)
     except HalfulpError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
+        _say(str(error))
         sys.exit(error.exit_code)
+    except (OSError, MemoryError, RuntimeError) as error:
+        answer = lack(error)
+        if answer is None:
+            raise
+        _say(answer)
+        sys.exit(2)
     sys.exit(0)
+
+
+def _say(answer: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {answer}" if rank == "0" else f"rank {rank}: {answer}", file=sys.stderr)
