@@ -63,5 +63,12 @@ def _value(value: Any, where: str) -> str:
 
 
 def _string(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{text!r} is not valid Unicode, which TOML needs. Rename the file, or give a path "
+            "of other characters."
+        ) from error
     # A TOML basic string escapes as JSON does, and DEL as well.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -87,5 +87,7 @@ def _check_fraction(fraction: object) -> None:
 
 
 def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ConfigError(f"data.{name} is {value!r}; give a whole number that is not negative.")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise ConfigError(
+            f"data.{name} is {value!r}; give a whole number that is not negative and below 2**63."
+        )

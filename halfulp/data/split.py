@@ -34,8 +34,9 @@ def document_ranges(ends: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 def first_tokens(ranges: np.ndarray, count: int) -> np.ndarray:
     """The ranges that hold the first `count` tokens of `ranges`."""
-    before = np.cumsum(ranges[:, 1] - ranges[:, 0]) - (ranges[:, 1] - ranges[:, 0])
-    stops = np.minimum(ranges[:, 1], ranges[:, 0] + np.maximum(count - before, 0))
+    sizes = ranges[:, 1] - ranges[:, 0]
+    before = np.cumsum(sizes) - sizes
+    stops = ranges[:, 0] + np.minimum(sizes, np.maximum(count - before, 0))
     return np.stack([ranges[:, 0], stops], 1)[before < count]
 
 

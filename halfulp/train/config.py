@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ PARALLEL = ("ddp", "fsdp2")
 DEVICES = ("auto", "cpu", "cuda")
 CARRIERS = ("fp32", "exact")
 TRACKERS = ("tensorboard", "trackio")
+MOST_THREADS = 1024  # many more and the thread pool crashes
 BUDGETS = ("rollbacks", "wasted", "raised", "attribution")  # of [guard]: may grow on a resume
 
 
@@ -230,18 +232,19 @@ def _anchored(config: TrainConfig) -> TrainConfig:
     source = tuple(item if item == "stdlib" else _absolute(item) for item in data.source)
     named = data.tokenizer == "bytes" or data.tokenizer.startswith("bpe")
     tokenizer = data.tokenizer if named else _absolute(data.tokenizer)
-    local = model.preset not in PRESETS and Path(model.preset).exists()
+    local = model.preset not in PRESETS and os.path.exists(os.path.expanduser(model.preset))
     stages = tuple(replace(stage, file=_absolute(stage.file)) for stage in policy.schedule)
     return replace(
         config,
         data=replace(data, source=source, tokenizer=tokenizer),
         model=replace(model, preset=_absolute(model.preset)) if local else model,
         policy=replace(policy, file=_absolute(policy.file), schedule=stages),
+        run=replace(config.run, out=os.path.expanduser(config.run.out)),
     )
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).absolute()) if path else ""
+    return os.path.abspath(os.path.expanduser(path)) if path else ""
 
 
 def _check_train(train: TrainSection) -> None:
@@ -249,6 +252,11 @@ def _check_train(train: TrainSection) -> None:
         _at_least(f"train.{name}", getattr(train, name), 1)
     for name in ("eval_every", "checkpoint_every", "count_every", "threads", "seed"):
         _at_least(f"train.{name}", getattr(train, name), 0)
+    if train.threads > MOST_THREADS:
+        raise ConfigError(
+            f"train.threads = {train.threads} is more than {MOST_THREADS}. Give the number of "
+            "processors, or 0 for torch's choice."
+        )
     for name in ("warmup", "weight_decay", "clip"):
         _between(f"train.{name}", getattr(train, name), 0.0, math.inf)
     for name in ("min_lr", "decay"):
@@ -364,7 +372,9 @@ def _between(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high or math.isinf(value):
         above = "" if math.isinf(high) else f" and at most {high:g}"
         least = "above 0" if 0 < low < 1e-300 else f"at least {low:g}"
-        raise ConfigError(f"{name} = {value:g} cannot be used. Give a number {least}{above}.")
+        raise ConfigError(
+            f"{name} = {value:g} cannot be used. Give a finite number {least}{above}."
+        )
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -84,6 +84,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             f"{where} must be {_words(kind)}, got {value!r} ({type(value).__name__}). "
             f"Write {where} as {_words(kind)}."
         )
+    if kind is int and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where} = {value} needs more than 64 bits. Give a smaller number.")
     return value
 
 

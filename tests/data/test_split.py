@@ -107,7 +107,7 @@ def test_ranges():
     chosen = np.array([True, False, True, True])
     assert document_ranges(ends, chosen).tolist() == [[0, 3], [5, 9]]
     ranges = np.array([[0, 3], [5, 9], [20, 30]])
-    for count in range(1, 20):
+    for count in [*range(1, 20), 2**63 - 1]:
         kept = first_tokens(ranges, count)
         flat = np.concatenate([np.arange(a, b) for a, b in kept]).tolist()
         assert flat == [*range(3), *range(5, 9), *range(20, 30)][:count]

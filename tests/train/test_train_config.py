@@ -59,8 +59,12 @@ def test_the_corpus_does_not_depend_on_the_sequence_length():
         ({"train": {"compile": 1}}, "train.compile must be true or false"),
         ({"train": {"betas": [0.9]}}, "train.betas must be a list of 2 values"),
         ({"train": {"steps": 0}}, "train.steps = 0 is too small"),
+        ({"train": {"seed": 2**64}}, "train.seed = 18446744073709551616 needs more than 64 bits"),
+        ({"data": {"max_tokens": 2**63}}, "needs more than 64 bits"),
+        ({"train": {"threads": 5000}}, "train.threads = 5000 is more than 1024"),
         ({"train": {"keep": 0}}, "train.keep = 0 is too small"),
-        ({"train": {"lr": 0.0}}, "train.lr = 0 cannot be used. Give a number above 0"),
+        ({"train": {"lr": 0.0}}, "train.lr = 0 cannot be used. Give a finite number above 0"),
+        ({"train": {"lr": float("inf")}}, "train.lr = inf cannot be used. Give a finite number"),
         ({"train": {"lr": float("nan")}}, "train.lr = nan cannot be used"),
         ({"train": {"clip": -1.0}}, "train.clip = -1 cannot be used"),
         ({"train": {"betas": [0.9, 1.0]}}, "train.betas = 1 cannot be used"),
@@ -121,3 +125,8 @@ def test_relative_paths_are_anchored_and_names_are_not(tmp_path: Path, monkeypat
     assert config.policy.file == str(tmp_path / "p")
     assert config.model.preset == str(tmp_path / "mine")
     assert load_config({"model": {"preset": "llama-tiny"}}).model.preset == "llama-tiny"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "llama-tiny")
+    home = load_config({"data": {"source": ["~/x"]}, "run": {"out": "~/runs/a"}})
+    assert home.data.source == (str(tmp_path / "x"),)
+    assert home.run.out == str(tmp_path / "runs/a")
