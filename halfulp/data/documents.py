@@ -187,6 +187,11 @@ def _parquet(file: SourceFile, key: str) -> Iterator[Piece]:
                     yield from _pieces(_checked(value, f"{file.path} row {number}", key))
     except (pyarrow.ArrowException, OSError) as error:
         raise _broken_parquet(file, number, error) from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{key!r} at {file.path} after row {number} is not UTF-8: byte {error.start} is "
+            f"0x{error.object[error.start]:02x}. Write the column again as text, or drop the row."
+        ) from error
 
 
 def _broken_parquet(file: SourceFile, row: int, error: BaseException) -> DataError:
@@ -225,6 +230,11 @@ def _check_column(file: SourceFile, pyarrow: Any, schema: Any, key: str) -> None
         raise DataError(
             f"{file.path} has no column {key!r}; its columns are {_names(schema.names)}. "
             "Give the one that holds the text as text_key."
+        )
+    if schema.names.count(key) > 1:
+        raise DataError(
+            f"{file.path} has several columns {key!r}, and one is read. Write it again with names "
+            "that differ."
         )
     kind = schema.field(key).type
     types = pyarrow.types

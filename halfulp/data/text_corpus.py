@@ -22,7 +22,7 @@ from halfulp.data.tokens import sidecar_of, token_dtype, write_tokens
 from halfulp.errors import DataError
 
 log = logging.getLogger(__name__)
-LAYOUT = 1  # part of every cache key; raise it when the same text would give other tokens
+LAYOUT = 2  # part of every cache key; raise it when the same text would give other tokens
 _GROUP_CHARACTERS = 1 << 22
 _GROUP_PIECES = 4096
 

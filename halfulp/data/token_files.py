@@ -20,6 +20,7 @@ HEADER_MAGIC = 20240520
 _HEADER_BYTES = 1024
 _HEADER_VERSIONS = {1: ("<u2", 50257), 7: ("<u4", 128256)}  # GPT-2, Llama 3
 _SIDECAR_DTYPES = {"uint8": "u1", "uint16": "<u2", "uint32": "<u4", "int32": "<i4", "int64": "<i8"}
+_NEEDED = {int: "a whole number", str: "the SHA-256 of its file"}
 _INDEX_MAGIC = b"MMIDIDX\0\0"
 _INDEX_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _CHUNK = 1 << 22
@@ -120,13 +121,19 @@ def _with_sidecar(path: Path, sidecar: Path) -> TokenFile:
     if meta is None:
         raise DataError(f"{sidecar}, beside {path.name}, is not a JSON object. {cure}")
     dtype, vocab = meta.get("dtype"), meta.get("vocab", meta.get("vocab_size"))
-    if dtype not in _SIDECAR_DTYPES:
+    if not isinstance(dtype, str) or dtype not in _SIDECAR_DTYPES:
         raise DataError(
             f"{sidecar} gives the dtype {dtype!r}, and one of {', '.join(_SIDECAR_DTYPES)} is "
             f"needed. {cure}"
         )
-    if not isinstance(vocab, int) or vocab < 1:
+    if type(vocab) is not int or not 1 <= vocab < 2**63:
         raise DataError(f"{sidecar} gives the vocab {vocab!r}, and a number is needed. {cure}")
+    for key, kind in (("documents", int), ("end_of_document", int), ("tokenizer", str)):
+        if not isinstance(meta.get(key), kind | None):
+            raise DataError(
+                f"{sidecar} gives for {key!r} {meta[key]!r}, and {_NEEDED[kind]} is needed. "
+                "Correct it, or leave it out."
+            )
     tokens, own = _mapped(path, _SIDECAR_DTYPES[dtype]), sidecar == sidecar_of(path)
     said = meta.get("tokens", len(tokens)) if own else len(tokens)
     if said != len(tokens):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 END = "<|endoftext|>"
+_LONGEST = 1024
 END_NAMES = (
     END, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS_TOKEN>", "[EOS]", "<|endofdocument|>",
     "<|end▁of▁sentence|>", "<｜end▁of▁sentence｜>", "[SEP]", "<|im_end|>",
@@ -103,14 +104,17 @@ def load_tokenizer(path: Path) -> Json:
 def train_bpe(texts: Iterable[str], size: int) -> bytes:
     """The tokenizer.json of a byte-level BPE with `size` entries, END included.
 
-    The same texts in the same order give the same bytes.
+    The same texts in the same order give the same bytes. Words of more than 1024 bytes are learned
+    from in parts.
     Raises DataError when the texts hold too few repeated pairs for `size` entries.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    words: Any = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # The time to learn from a word goes with the square of its length: a genome would take days.
+    inner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(_LONGEST)])  # pyright: ignore
     inner.decoder = decoders.ByteLevel()  # pyright: ignore
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -120,6 +124,7 @@ def train_bpe(texts: Iterable[str], size: int) -> bytes:
         show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
+    inner.pre_tokenizer = words
     found = inner.get_vocab_size(with_added_tokens=True)
     if found < size:
         raise DataError(

@@ -2,6 +2,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from halfulp.data import DataConfig, open_data
@@ -101,6 +102,15 @@ def test_parquet(tmp_path):
         texts(path)
     with pytest.raises(DataError, match=r"'n'.*holds int64"):
         texts(path, "n")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    parquet.write_table(twice, path)
+    with pytest.raises(DataError, match=r"a\.parquet has several columns 'text'"):
+        texts(path)
+    ends, latin = np.array([0, 1, 3], "<i4"), pyarrow.py_buffer(b"a\xfcb")
+    bad = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, pyarrow.py_buffer(ends), latin])
+    parquet.write_table(pyarrow.table({"text": bad}), path)
+    with pytest.raises(DataError, match=r"a\.parquet after row 0 is not UTF-8: byte 0 is 0xfc"):
+        texts(path)
     parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
     with pytest.raises(DataError, match=r"a\.parquet row 2 is a NoneType"):
         texts(path)

@@ -162,6 +162,11 @@ def test_sidecars_that_are_wrong(tmp_path):
         ({"tokens": 4999}, "holds 5000 tokens, and t.bin.json says 4999"),
         ({"sha256": "0" * 64}, "damaged or was replaced"),
         ({"vocab": 10}, "outside the vocabulary of 10"),
+        ({"vocab": True}, "vocab True"),
+        ({"vocab": 2**70}, f"vocab {2**70}"),
+        ({"dtype": ["uint16"]}, r"dtype \['uint16'\]"),
+        ({"documents": "many"}, "'documents' 'many', and a whole number is needed"),
+        ({"tokenizer": [1]}, r"'tokenizer' \[1\]"),
     ]:
         sidecar.write_text(json.dumps(good | change))
         with pytest.raises(DataError, match=says):

@@ -1,6 +1,8 @@
 import hashlib
+import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -48,6 +50,15 @@ def test_bpe_is_the_same_in_another_process():
         for seed in ("1", "2")
     }
     assert found == {hashlib.sha256(train_bpe([TEXT], 290)).hexdigest()}
+
+
+def test_bpe_learns_from_a_word_of_any_length_in_time():
+    """Whole, this word takes 4 minutes and one of a whole piece hours."""
+    letters = np.random.default_rng(0).choice(list("ACGT"), 120_000)
+    begin = time.monotonic()
+    content = train_bpe(["".join(letters)], 300)
+    assert time.monotonic() - begin < 20
+    assert json.loads(content)["pre_tokenizer"]["type"] == "ByteLevel"
 
 
 def test_bpe_larger_than_the_text_allows_says_what_it_allows():
