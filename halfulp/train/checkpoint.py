@@ -95,6 +95,8 @@ def verify(folder: Path, step: int) -> None:
     path = path_of(folder, step)
     with _blamed(folder, step):
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
+            raise ValueError("state.json lists no files")
         for name, fact in state["files"].items():
             found = (path / name).stat().st_size
             if found != fact["bytes"]:

@@ -70,7 +70,7 @@ def train(
     with open_world(config.train) as world, _threads(config.train.threads):
         if resume is not None:
             _check_same(resume, config)
-            if from_step is None and (done := _finished(resume)):
+            if from_step is None and (done := _finished(resume, config.train.steps)):
                 return done
         with (
             Interrupt() as interrupt,
@@ -269,12 +269,19 @@ def _check_same(path: Path, config: TrainConfig) -> None:
         )
 
 
-def _finished(path: Path) -> Summary | None:
-    """The summary of the run at `path` if it has reached its last step."""
+def _finished(path: Path, steps: int) -> Summary | None:
+    """The summary of the run at `path` if it has ended; RunError if it is to have other `steps`."""
     facts = Run.open(path, writer=False).summary()
-    if facts.get("reason") != "finished":
-        return None
     names = ("reason", "steps", "tokens", "seconds", "loss_nats", "loss_nats_fp32", "diverged")
+    if facts.get("reason") != "finished" or not facts.keys() >= set(names):
+        return None
+    if facts["steps"] != steps:
+        last = checkpoint.path_of(path / "checkpoints", facts["steps"])
+        raise RunError(
+            f"{path} has finished its {facts['steps']} steps, and its config.toml asks for {steps} "
+            "now. A run keeps its configuration: restore that file. To train on from its weights, "
+            f"start a new run with --model {last}"
+        )
     return Summary(path=path, **{name: facts[name] for name in names})
 
 

@@ -16,6 +16,11 @@ from halfulp.train.parallel import differing, part_of, sharded_like, whole
 from halfulp.train.precision import digest_of
 from halfulp.train.session import Session
 
+_READ = {
+    "guard", "cursor", "loss_scale", "blockwise", "tokens", "seconds", "evaluation",
+    "first_loss_nats", "faults", "events",
+}  # fmt: skip
+
 
 def snapshot(s: Session) -> Checkpoint:
     """Everything that continues the run bit by bit; a collective call, content on process 0 only.
@@ -186,6 +191,12 @@ def _check_belongs(s: Session, state: Mapping[str, Any]) -> None:
         "policy_digest": "policy or recipe; restore it, or the version of halfulp",
         "data_digest": "corpus; restore its files (stdlib belongs to one Python version)",
     }
+    if absent := sorted((mine.keys() | _READ) - state.keys()):
+        raise RunError(
+            f"the checkpoint of step {state.get('step', 'unknown')} says nothing of "
+            f"{', '.join(absent)}: another version of halfulp wrote it. Resume with the version in "
+            "environment.json of the run."
+        )
     for key, digest in mine.items():
         if state[key] != digest:
             what = told[key]

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import signal
@@ -256,6 +257,27 @@ def test_a_policy_that_changed_is_refused_and_the_run_left_as_it_was(make_config
     with pytest.raises(RunError, match="written with another policy"):
         train(config_of(path), resume=path, from_step=10)
     assert (path / "events.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_is_not_lengthened_in_silence(make_config):
+    path = train(make_config()).path
+    file = path / "config.toml"
+    before = file.read_text()
+    file.write_text(before.replace("steps = 12", "steps = 20"))
+    with pytest.raises(RunError, match=r"its 12 steps.*asks for 20.*--model .*-00000012"):
+        train(config_of(path), resume=path)
+    file.write_text(before)
+    assert train(config_of(path), resume=path).steps == 12
+
+
+def test_a_checkpoint_of_another_version_is_an_answer(make_config):
+    path = train(make_config()).path
+    file = path / "checkpoints/step-00000012/state.json"
+    state = json.loads(file.read_text())
+    del state["cursor"], state["faults"]
+    file.write_text(json.dumps(state))
+    with pytest.raises(RunError, match="step 12 says nothing of cursor, faults: another version"):
+        train(config_of(path), resume=path, from_step=12)
 
 
 def test_going_back_to_a_checkpoint_repeats_the_run(make_config):
