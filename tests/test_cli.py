@@ -75,6 +75,7 @@ def test_help_does_not_import_torch():
         (("formats", "e99"), "no such format"),
         (("recipes", "nvpf4"), "nvfp4"),
         (("report", "absent"), "absent is asked for as a run"),
+        (("report", "absent", "--bar", "nan"), "--bar = nan cannot be used"),
     ],
 )
 def test_a_mistake_is_a_message_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):

@@ -1,5 +1,6 @@
 """`halfulp report`: one page that compares runs, or judges a sweep."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +49,8 @@ def report(
     The page needs no network. What it finds is also printed. With anything on money (GPU to
     assumption) the page on a sweep says what each recipe costs until one run has succeeded.
     """
+    if not 0 <= bar < math.inf:
+        raise ConfigError(f"--bar = {bar:g} cannot be used. Give nats per token, such as 0.01.")
     money = {"--gpu": gpu, "--price": price, "--gpu-hours": gpu_hours, "--speedup": speedup}
     money |= {"--tokens": tokens, "--assume": assume or None}
     page = {"--executive": executive or None, "--language": language, "--json": json_}

@@ -218,7 +218,7 @@ def check(config: TrainConfig) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors may begin with a BOM
     except OSError as error:
         raise ConfigError(
             f"cannot read the configuration {path}: {error.strerror}. Give the path of a TOML file."

@@ -37,12 +37,18 @@ def build(kind: type, raw: Mapping[str, Any], where: str = "") -> Any:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with every leaf of `over` put on top, section by section."""
+    """`base` with every leaf of `over` put on top, section by section.
+
+    ConfigError where `base` has a value in the place of a section.
+    """
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(old, Mapping)
-        merged[key] = merge(old, value) if both else value  # pyright: ignore[reportArgumentType]
+        if isinstance(value, Mapping) and key in merged:
+            if not isinstance(old, Mapping):
+                raise ConfigError(f"{key} must be a table, got {old!r}. Write it as [{key}].")
+            value = merge(old, value)
+        merged[key] = value
     return merged
 
 

@@ -99,6 +99,16 @@ def test_a_wrong_value_is_named_with_its_cure(raw, message):
         load_config(raw)
 
 
+def test_a_value_in_the_place_of_a_section_is_not_replaced_in_silence():
+    with pytest.raises(ConfigError, match=r"train must be a table, got 3. Write it as \[train\]"):
+        load_config({"train": 3}, {"train": {"steps": 2}})
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path):
+    (tmp_path / "run.toml").write_text("\ufeff[train]\nsteps = 7\n", encoding="utf-8")
+    assert load_config(tmp_path / "run.toml").train.steps == 7
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"cannot read the configuration .*absent\.toml"):
         load_config(tmp_path / "absent.toml")
