@@ -64,12 +64,17 @@ def signs_before(events: Sequence[Event], step: int, *, vocab: int = 0) -> list[
 
     A signal counts from its first abnormal look of the last 1,000 steps after which, up to the
     incident, it was never quiet for longer than 60 steps, or than one look at what is not looked at
-    in every step.
+    in every step; nor at all since the guard gave its block another recipe.
     """
     looks: dict[Key, list[Look]] = {}
     for key, look in _looks(events, step, vocab):
         looks.setdefault(key, []).append(look)
-    found = (_sign(key, mine, step) for key, mine in looks.items())
+    changes = _changes(events, step)
+    whole = changes.get("*", [])
+    found = (
+        _sign(key, mine, step, [*whole, *changes.get(key[1], ())] if key[1] else ())
+        for key, mine in looks.items()
+    )
     return sorted((s for s in found if s is not None), key=lambda s: (s.step, -_over(s)))
 
 
@@ -81,16 +86,23 @@ def phases_of(steps: Sequence[Event]) -> set[int]:
     return {at[0], at[-1]} if at else set()
 
 
-def _sign(key: Key, looks: Sequence[Look], incident: int) -> Sign | None:
-    """The sign of one signal, from all looks at it; a warning of the guard is enough for one."""
+def _sign(
+    key: Key, looks: Sequence[Look], incident: int, changes: Sequence[int] = ()
+) -> Sign | None:
+    """The sign of one signal, from all looks at it; a warning of the guard is enough for one.
+
+    `changes` are the steps after which its block had another recipe.
+    """
     warned = any(look.warned for look in looks)
     looks = [look for look in looks if incident - MEMORY <= look.step <= incident]
     reach = _reach(key[0], looks)
     abnormal = [look for look in looks if not look.value <= look.threshold]
+    quiet = [look.step for look in looks if look.value <= look.threshold]
     episode: list[Look] = []
     for look in reversed(abnormal):
         until = episode[-1].step if episode else incident
-        if until - look.step > reach:
+        cured = any(look.step <= change < q <= until for change in changes for q in quiet)
+        if until - look.step > reach or cured:
             break
         episode.append(look)
     needed = 1 if warned else _needed(key[0])
@@ -101,6 +113,19 @@ def _sign(key: Key, looks: Sequence[Look], incident: int) -> Sign | None:
         *key, worst.place, first.step, incident - first.step, first.value, worst.value,
         first.threshold,
     )  # fmt: skip
+
+
+def _changes(events: Iterable[Event], incident: int) -> dict[str, list[int]]:
+    """Steps before the incident in which the guard gave a block, or a unit, another recipe."""
+    found: dict[str, list[int]] = {}
+    for event in events:
+        if event.get("event") != "guard" or int(event["step"]) >= incident:
+            continue
+        for unit in event.get("raised") or ():
+            stem, dot, kinds = str(unit).rpartition(".")
+            for name in {str(unit), *(f"{stem}{dot}{kind}" for kind in kinds.split("+"))}:
+                found.setdefault(name, []).append(int(event["step"]))
+    return found
 
 
 def _reach(signal: str, looks: Sequence[Look]) -> float:

@@ -188,6 +188,17 @@ def test_counters_are_signs_from_the_first_of_the_looks_that_the_rule_needs():
     assert signs_before([counted(50, 0.1), counted(100, 0.9)], 110) == []  # one look of two
 
 
+@pytest.mark.parametrize("unit", ["layers.0.ffn", "layers.0.qk+ffn", "*"])
+def test_what_another_recipe_has_cured_is_no_sign_of_a_later_incident(unit):
+    before = [counted(50, 0.7), counted(100, 0.9)]
+    raised = {"event": "guard", "step": 100, "raised": {unit: "bf16_amp"}}
+    assert [s.step for s in signs_before(before, 100)] == [50]
+    assert signs_before([*before, raised, counted(150, 0.0)], 150) == []
+    other = {**raised, "raised": {"layers.1.ffn": "bf16_amp"}}
+    assert [s.step for s in signs_before([*before, other, counted(150, 0.0)], 150)] == [50]
+    assert [s.step for s in signs_before([*before, raised, counted(150, 0.8)], 150)] == [50]
+
+
 def test_a_warning_of_the_guard_is_a_sign_by_itself():
     warned = {
         "event": "signal", "step": 100, "rule": "attention_logits", "block": "layers.0.qk",
