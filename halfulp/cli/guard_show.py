@@ -47,17 +47,18 @@ def map_(
     """Write the precision map of a run as a policy for the next one.
 
     A rule for each block that the guard has raised comes before the rules of the run's own policy.
+    Where none was raised it is that policy.
     """
     check_outputs({"--out": out}, force=force)
     from halfulp.train.precision_map import precision_map
 
     quiet_transformers()
     found = precision_map(run)
-    if found.policy is None:
-        print(f"{run}: {_not_raised(found)}. Nothing is written; the policy is {run}/policy.toml.")
-        return
     out.write_text(found.policy.to_toml(), encoding="utf-8")
-    _print_map(found)
+    if found.raised:
+        _print_map(found)
+    else:
+        print(f"{run}: {_not_raised(found)}")
     print(f"policy: {out}; train with it: halfulp train --policy {out}")
 
 

@@ -15,12 +15,12 @@ from halfulp.train.model import outline
 
 @dataclass(frozen=True)
 class PrecisionMap:
-    """`policy` starts a run where the guard of another ended; None where nothing stood higher.
+    """`policy` starts a run where the guard of another ended: its own where nothing stood higher.
 
     `raised` maps every block that ended above its own recipe to both, (own, raised).
     """
 
-    policy: Policy | None
+    policy: Policy
     raised: Mapping[str, tuple[str, str]]
     blocks: int  # of the model
     incidents: int
@@ -44,7 +44,7 @@ def precision_map(path: Path) -> PrecisionMap:
     found = ladder.map()
     raised = {block: (own[block], found[block]) for block in ladder.above()}
     return PrecisionMap(
-        policy=_named(ladder, policy) if raised else None,
+        policy=_named(ladder, policy) if raised else policy,
         raised=raised,
         blocks=len(blocks.blocks),
         incidents=len(incidents),
