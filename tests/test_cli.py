@@ -101,7 +101,16 @@ def test_formats_are_told_exactly(capsys):
     assert row.split() == ["e4m3", "8", "4", "3", "2^-4", "448", "2^-6", "2^-9", "nan"]
     assert header.startswith("format  bits  exponent  mantissa")
     _, out, _ = run(capsys, "formats")
-    assert {"fp32", "bf16", "e2m1", "int8"} <= {line.split()[0] for line in out.splitlines()}
+    names = {line.split()[0] for line in out.splitlines() if line}
+    assert {"fp32", "bf16", "e2m1", "int8", "mxfp8", "nvfp4"} <= names
+
+
+def test_formats_with_scales_are_told_too(capsys):
+    for word in ("nvfp4", "e2m1@1x16:nvfp4"):
+        code, out, _ = run(capsys, "formats", word)
+        assert code == 0
+        assert out.splitlines()[1].split() == [word, "e2m1@1x16:nvfp4", "4.5"]
+    assert run(capsys, "formats", "e2m1@1x16:nvfp")[0] == 2
 
 
 def test_recipes_are_listed_and_shown(capsys):

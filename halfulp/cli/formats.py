@@ -1,6 +1,7 @@
 """`halfulp formats`: the number formats."""
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,16 +25,33 @@ _COLUMNS = (
 
 
 def formats(
-    name: Annotated[str | None, typer.Argument(help="One format, such as e4m3 or e5m7.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One format, such as e4m3, e5m7 or nvfp4.")
+    ] = None,
 ) -> None:
     """List the number formats, or show one.
 
-    Bits, unit roundoff u, range, and what a too large value becomes.
+    Bits, unit roundoff u, range, and what a too large value becomes. Words for a format with its
+    block scales: the quantizer that they stand for.
     """
+    from halfulp.formats import NAMED
     from halfulp.numerics.format import FORMATS, get_format
 
-    shown = list(FORMATS) if name is None else [name]
-    print_table(_COLUMNS, [_row(get_format(n)) for n in shown])
+    if name is None:
+        print_table(_COLUMNS, [_row(get_format(n)) for n in FORMATS])
+        print()
+        _print_scaled(NAMED)
+    elif name in NAMED or "@" in name or ":" in name:
+        _print_scaled([name])
+    else:
+        print_table(_COLUMNS, [_row(get_format(name))])
+
+
+def _print_scaled(words: Iterable[str]) -> None:
+    from halfulp.formats import format_bits, format_quantizer
+
+    rows = [(word, format_quantizer(word), f"{format_bits(word):g}") for word in words]
+    print_table(("scaled", "quantizer", "bits, block scales included"), rows)
 
 
 def _row(f: "Format") -> tuple[object, ...]:
