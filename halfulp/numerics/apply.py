@@ -13,7 +13,7 @@ from halfulp.numerics.cuda import quantize as cuda_quantize
 from halfulp.numerics.cuda import use_cuda
 from halfulp.numerics.hadamard import hadamard
 from halfulp.numerics.launch import launcher
-from halfulp.numerics.quantizer import Quantizer
+from halfulp.numerics.quantizer import Quantizer, parse_quantizer
 from halfulp.numerics.random import Key
 from halfulp.numerics.rounding import (
     check_out,
@@ -28,7 +28,7 @@ from halfulp.numerics.scaling import amax_bits, divide, scale_of
 
 def apply_quantizer(
     x: Tensor,
-    q: Quantizer,
+    q: Quantizer | str,
     *,
     key: Key | Tensor | None = None,
     scale: Tensor | None = None,
@@ -36,6 +36,7 @@ def apply_quantizer(
 ) -> Tensor:
     """`x` [..., K] in fp32, quantized and scaled back: the values that the GEMM sees.
 
+    * `q`: a Quantizer, or what `parse_quantizer` reads.
     * With `q.hadamard` the result is in the transformed domain.
     * `key`: for stochastic rounding; a Key, or an int32 tensor [2] in traced graphs.
     * `scale`: fp32 tensor [] for delayed scaling (see `delayed_scale`).
@@ -45,6 +46,8 @@ def apply_quantizer(
     Raises FormatError for a dtype other than fp32, a missing key or scale, or a K that the
     transform does not divide.
     """
+    if isinstance(q, str):
+        q = parse_quantizer(q)
     if scale is None and (out is None or use_c(out)) and _direct(x, q, key):
         y = torch.empty_like(x) if out is None else check_out(out, x)
         k0, k1 = (key.k0, key.k1) if type(key) is Key else (0, 0)

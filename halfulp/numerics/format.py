@@ -155,6 +155,11 @@ def get_format(name: str) -> Format:
 def _unknown(name: str, why: str) -> Exception:
     from halfulp.errors import FormatError
 
+    if "@" in name or ":" in name:
+        return FormatError(
+            f"format {name!r}: a format has no scale and no rounding. With them it is a quantizer, "
+            "which halfulp.apply_quantizer takes."
+        )
     near = difflib.get_close_matches(name, [*FORMATS, *_ALIASES], n=3, cutoff=0.3) or list(FORMATS)
     return FormatError(
         f"format {name!r}: {why}. Nearest names: {', '.join(near)}. "

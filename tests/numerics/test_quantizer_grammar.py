@@ -1,8 +1,11 @@
 """Quantizer strings: what parses, what is refused, and that str() gives the meaning back."""
 
 import pytest
+import torch
 
 from halfulp.errors import FormatError
+from halfulp.numerics.apply import apply_quantizer
+from halfulp.numerics.format import get_format
 from halfulp.numerics.quantizer import parse_quantizer
 
 EXAMPLES = [
@@ -87,6 +90,20 @@ def test_refused_with_the_grammar(text, said):
         parse_quantizer(text)
     assert said in str(error.value)
     assert "Grammar: FORMAT[@GRANULARITY]" in str(error.value)
+
+
+def test_apply_quantizer_reads_the_text_too():
+    x = torch.randn(3, 32)
+    text = "e2m1@1x16:nvfp4"
+    assert torch.equal(apply_quantizer(x, text), apply_quantizer(x, parse_quantizer(text)))
+    assert not torch.equal(apply_quantizer(x, text), x)
+    with pytest.raises(FormatError, match="Grammar"):
+        apply_quantizer(x, "e2m1@1x16:nvfp")
+
+
+def test_a_quantizer_is_no_format():
+    with pytest.raises(FormatError, match="apply_quantizer"):
+        get_format("e4m3@tensor:current")
 
 
 def test_unknown_format_names_the_nearest():
