@@ -144,8 +144,8 @@ def _one_budget(*amounts: float | None) -> tuple[str, float]:
         said = " and ".join(kind for kind, _ in given) or "none"
         was = "were" if given else "was"
         raise PlanError(
-            f"exactly one budget makes a plan, and {said} {was} given. Give one of GPU-hours, "
-            "money, FLOPs and a target loss."
+            f"exactly one budget makes a plan, and {said} {was} given. Give one of gpu_hours, "
+            "money_usd, flops and target_loss_nats (--gpu-hours, --money, --flops, --target-loss)."
         )
     kind, amount = given[0]
     if not (math.isfinite(amount) and amount > 0):

@@ -97,7 +97,7 @@ TEXTS = {
         "passes beyond the slowest speed on record and at 2 × or more: the law rounds half of a "
         "layer's operands.",
         "precisions": "Precisions",
-        "precision_columns": "precision|recipe|step time, BF16 = 1|parameters|tokens|GPU-hours|"
+        "precision_columns": "precision|recipe|step speed, BF16 = 1|parameters|tokens|GPU-hours|"
         "cost|loss|added by format|gain over BF16|pays from|may add|verdict",
         "left_out": "left out: {why}",
         "crossing": "{precision}: with this step time, {side} than bf16 {where}",
