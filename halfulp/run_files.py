@@ -70,7 +70,7 @@ def _check_replaceable(path: Path, names: Set[str], *, force: bool, own: Set[str
     if not force:
         raise RunError(
             f"{path} is asked for as a new run, but exists and is not empty. Give another name, "
-            "resume the run, or delete it with force."
+            "go on with it (--resume), or replace it (--force)."
         )
     foreign = sorted(name for name in names if not _written_by_a_run(name, own))
     if foreign:

@@ -166,12 +166,17 @@ def test_train_report_and_resume_of_a_finished_run(capsys, tmp_path, text):
     arguments = (*TINY, "--data", text, "--recipe", "te_current", "--out", str(out_dir))
     code, out, err = run(capsys, *arguments)
     assert (code, err) == (0, "")
+    first = out.splitlines()[0]
+    assert re.search(r"[\d,]+ parameters, 64 tokens a step, [\d.e-]+ times the [\d,]+ train", first)
+    assert first.endswith(f"; {out_dir}")
     assert "te_current: step 4/4, held-out loss" in out
     assert "finished after 4 steps, 256 tokens" in out
     assert f"run: {out_dir}" in out
     code, _, err = run(capsys, *arguments)
     assert code == 2
     assert str(out_dir) in err
+    assert "--resume" in err
+    assert "--force" in err
     assert run(capsys, *arguments, "--force")[0] == 0
     code, out, _ = run(capsys, "train", "--resume", str(out_dir))
     assert code == 0

@@ -104,7 +104,8 @@ class Progress:
         line = _line(row, event)
         if self._live is not None:
             self._live.update(self._table())
-            if line and event["event"] in _WORTH_A_LINE:
+            shown = _WORTH_A_LINE if self._compare else ("start", *_WORTH_A_LINE)
+            if line and event["event"] in shown:
                 self._live.console.print(f"{row.name}: {line}", markup=False, highlight=False)
         elif line:
             now = time.monotonic()
@@ -139,7 +140,7 @@ class Progress:
 def _line(row: Row, event: Mapping[str, Any]) -> str:
     kind = event["event"]
     if kind == "start":
-        return f"{event['weights']}, step {event['step']} of {row.steps}, world {event['world']}"
+        return f"{event['weights']}, step {event['step']} of {row.steps}; {_size(row, event)}"
     if kind == "step":
         return f"step {row.step}/{row.steps}, loss {number(row.loss)}, lr {event['lr']:.2g}"
     if kind == "eval":
@@ -160,6 +161,17 @@ def _line(row: Row, event: Mapping[str, Any]) -> str:
     if kind == "checkpoint":
         return f"step {event['step']}: wrote {event['path']}"
     return row.note if kind == "nonfinite" else ""
+
+
+def _size(row: Row, event: Mapping[str, Any]) -> str:
+    """What is trained on how much, by whom and where."""
+    text, step = event["train_tokens"], event["tokens_per_step"]
+    processes = f"{event['world']} processes, " if event["world"] > 1 else ""
+    return (
+        f"{event['parameters']:,} parameters, {step:,} tokens a step, "
+        f"{row.steps * step / text:.2g} times the {text:,} training tokens; "
+        f"{processes}{event['run']}"
+    )
 
 
 def _smooth(before: float | None, value: float) -> float:

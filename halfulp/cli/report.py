@@ -12,7 +12,9 @@ from halfulp.errors import ConfigError
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Run directories, the first is the baseline; or one sweep."),
+        typer.Argument(
+            help="Run directories, compared with the fp32 one, else with the first; or one sweep."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML file.")] = Path("report.html"),
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,

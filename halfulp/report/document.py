@@ -11,7 +11,7 @@ def claim(out: str | Path, *, force: bool = False) -> Path:
     """`out` as a path where a page may be written; RunError if it exists without `force`."""
     out = Path(out)
     if out.is_dir() or (out.exists() and not force):
-        cure = "Name a file." if out.is_dir() else "Give another name or force."
+        cure = "Name a file." if out.is_dir() else "Give another name, or --force (force=True)."
         raise RunError(f"the report is to be written to {out}, which exists. {cure}")
     return out
 

@@ -100,6 +100,10 @@ def _announce(s: Session, start: Start, origin: str) -> None:
     s.emit(
         "start",
         command=list(start.command),
+        run=str(s.run.path),
+        parameters=sum(p.numel() for p in s.model.parameters()),
+        train_tokens=len(s.data.train),
+        tokens_per_step=s.micro_batches * s.config.train.rows * s.config.data.length,
         world=s.world.size,
         step=s.step,
         weights=f"checkpoint of step {s.step}" if s.step else origin,

@@ -175,7 +175,9 @@ def test_the_bar_counts_for_runs_too(run, tmp_path, capsys):
 def test_nothing_is_replaced_without_force(sweep, tmp_path, capsys):
     page = tmp_path / "s.html"
     page.write_text("mine")
-    assert call(capsys, sweep, "-o", page)[0] == 2
+    code, _, err = call(capsys, sweep, "-o", page)
+    assert code == 2
+    assert "--force" in err
     assert page.read_text() == "mine"
     assert call(capsys, sweep, "-o", page, "--force")[0] == 0
     assert page.read_text() != "mine"
