@@ -58,6 +58,10 @@ class Quantized:
         for hook in self._hooks:
             hook.remove()
 
+    def __repr__(self) -> str:
+        rules = "; ".join(f"{m} → {name}, {n} GEMMs" for m, name, n in self.resolution.rows())
+        return f"Quantized({type(self.model).__name__}: {rules})"
+
     def switch(self, resolution: Resolution) -> None:
         """Put `resolution` in force; weights stay.
 

@@ -57,8 +57,8 @@ class SharpnessReport:
 
     model: str
     estimator: str
-    pieces: tuple[Piece, ...]
-    traces: Tensor
+    pieces: tuple[Piece, ...] = field(repr=False)
+    traces: Tensor = field(repr=False)
     positions: int
     loss_nats: float
     seed: int

@@ -69,7 +69,7 @@ def prepared(model: nn.Module) -> Iterator[list[str]]:
         stack.enter_context(torch.enable_grad())
         if (handle := getattr(model, "halfulp", None)) is not None:
             stack.enter_context(handle.off())
-            notes.append("The model is quantized; it was measured in its own precision.")
+            notes.append("The model is quantized; it was measured without the quantizers.")
         model.eval()
         try:
             yield notes
