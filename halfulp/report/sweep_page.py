@@ -195,7 +195,7 @@ def _rates_caption(rows: Sequence[Row]) -> str:
     failed = f" Failed runs stand above the panel: {', '.join(signs)}." if signs else ""
     return (
         "Held-out loss in nats per token. Circles are seeds, the line is their mean, in which a "
-        "failed run counts with the loss at initialization; dashed: the reference. Shaded: the "
+        "run without a loss counts with that at initialization; dashed: the reference. Shaded: the "
         f"window, the learning rates whose mean loss is{within}. A shade that "
         f"reaches the edge is at least as wide as the grid.{failed}"
     )

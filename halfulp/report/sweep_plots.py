@@ -12,6 +12,7 @@ from halfulp.report.html import Markup
 from halfulp.report.svg import CARD, INK, MUTED, figure, render, series_style
 from halfulp.sweep.divergence import FAR, NONFINITE, STOPPED, UNIGRAM, UNRECOVERED
 from halfulp.sweep.row import Row
+from halfulp.sweep.window import SHARE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,6 +70,9 @@ def _limits(rows: Sequence[Row]) -> tuple[float, float] | None:
     losses = [loss for loss in losses if math.isfinite(loss)]
     if not losses:
         return None
+    means = [p.mean_nats for row in rows for p in row.points if math.isfinite(p.mean_nats)]
+    # Where most runs failed, the curves lie above the few that did not.
+    losses += [mean for mean in means if mean <= min(means) * (1 + SHARE)]
     span = max(losses) - min(losses) or 0.1
     return min(losses) - 0.08 * span, max(losses) + 0.06 * span
 

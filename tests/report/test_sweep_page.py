@@ -1,6 +1,8 @@
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import browser
 import judged_sweeps as sweeps
@@ -11,7 +13,7 @@ from halfulp.errors import ConfigError, RunError
 from halfulp.report.sweep_bars import bill_figure, figure_of, parts, times
 from halfulp.report.sweep_executive import write_executive
 from halfulp.report.sweep_page import headline, judge, render_sweep, write_sweep
-from halfulp.report.sweep_plots import rate, rate_figure
+from halfulp.report.sweep_plots import _limits, rate, rate_figure
 from halfulp.report.sweep_tables import amount, failures
 from halfulp.sweep.failures import Failures
 from halfulp.sweep.inputs import Inputs
@@ -134,6 +136,23 @@ def test_a_sweep_that_has_just_begun_has_a_page(tmp_path, done):
     found = judge(path, inputs=GIVEN)
     assert "te_current could not be told" in headline(found)
     assert f"{done} of 30 runs done" in render_sweep(found)
+
+
+def test_the_curve_is_seen_where_most_runs_failed():
+    def outcome(loss: float, failure: str | None) -> SimpleNamespace:
+        return SimpleNamespace(score_nats=loss, failure=failure)
+
+    def point(mean: float, *outcomes: SimpleNamespace) -> SimpleNamespace:
+        return SimpleNamespace(mean_nats=mean, outcomes=outcomes)
+
+    best = point(3.24, outcome(3.19, None), outcome(3.29, "no better than unigrams"))
+    far = point(5.5, outcome(5.5, "not finite"))
+    row: Any = SimpleNamespace(points=[best, far])
+    limits = _limits([row])
+    assert limits is not None
+    low, high = limits
+    assert 3.1 < low < 3.19
+    assert 3.24 < high < 3.3
 
 
 def test_two_data_sets_have_a_figure_and_a_row_each(tmp_path):
