@@ -129,6 +129,7 @@ def test_nothing_is_replaced_without_force(capsys, monkeypatch, home):
     (home / "policy.toml").write_text("mine")
     code, _, err = run(capsys, monkeypatch, home, "whole", "--data", "text.txt")
     assert (code, "--force" in err, (home / "policy.toml").read_text()) == (64, True, "mine")
+    assert "--policy" in err
 
 
 def test_one_site_is_explained_and_the_page_written(capsys, monkeypatch, home):

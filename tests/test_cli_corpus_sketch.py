@@ -51,7 +51,7 @@ def test_nothing_is_overwritten_without_force(capsys, text):
     (text / "a.theta").write_text("mine")
     code, _, err = run(capsys, "sketch a.txt -o a.hll --words 1 -j 1")
     assert code == 2
-    assert "a.theta exists. Give another name, or --force" in err
+    assert "a.theta, to be written by --out, exists. Give --out another name, or --force" in err
     assert not (text / "a.hll").exists()
     assert run(capsys, "sketch a.txt -o a.hll --words 1 -j 1 --force")[0] == 0
     assert (text / "a.theta").read_bytes() != b"mine"

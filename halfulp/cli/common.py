@@ -29,11 +29,14 @@ def check_outputs(
             f"two of {', '.join(options)} name the same file. Give {_COUNTS[len(options)]} names."
         )
     read = {os.path.realpath(item) for item in inputs if item and os.path.exists(item)}
-    for path in given.values():
+    for name, path in given.items():
         if os.path.realpath(path) in read:
             raise ConfigError(f"{path} is read by this command. Give another name for the output.")
         if path.exists() and not force:
-            raise ConfigError(f"{path} exists. Give another name, or --force to replace it.")
+            raise ConfigError(
+                f"{path}, to be written by {name}, exists. Give {name} another name, or --force to "
+                "replace it."
+            )
         if path.is_dir() or not path.parent.is_dir():
             raise ConfigError(
                 f"{path} cannot be written: it must be a file in a directory that exists."
