@@ -3,7 +3,7 @@
 import difflib
 
 from halfulp.errors import FormatError
-from halfulp.numerics.format import FORMATS, get_format
+from halfulp.numerics.format import FORMATS, MEANT, get_format
 from halfulp.numerics.quantizer import Quantizer, parse_quantizer
 
 NAMED = {
@@ -52,7 +52,7 @@ def _known_format(word: str):
     try:
         return get_format(word)
     except FormatError as error:
-        near = difflib.get_close_matches(word, [*NAMED, *FORMATS], n=3, cutoff=0.4)
+        near = MEANT.get(word) or difflib.get_close_matches(word, [*NAMED, *FORMATS], cutoff=0.4)
         raise FormatError(
             f"format {word!r} is unknown. Nearest: {', '.join(near or DEFAULT_FORMATS)}. "
             "A quantizer such as e4m3@1x32:e8m0_up also works; `halfulp formats` lists formats."

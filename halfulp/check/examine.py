@@ -45,6 +45,7 @@ from halfulp.check.tables import (
 from halfulp.check.targets import PolicyTarget
 from halfulp.check.updates import update_sheet
 from halfulp.errors import CheckError, ConfigError
+from halfulp.formats import format_quantizer
 from halfulp.policy import Policy
 
 DEFAULT_FORMATS = ("bf16", "fp16", "e4m3", "e5m2", "mxfp8", "nvfp4", "int8")
@@ -156,6 +157,8 @@ def _check_options(
     for what, holds in wrong.items():
         if holds:
             raise ConfigError(f"halfulp.check: {what}. Correct it.")
+    for word in formats:
+        format_quantizer(word)
 
 
 def _judge(

@@ -56,7 +56,8 @@ def load_model(
     if where not in PRESETS and not path.exists():
         raise ConfigError(
             f"MODEL {where!r} is neither a run directory, nor a Hugging Face directory, nor a "
-            f"preset ({', '.join(PRESETS)})."
+            f"preset ({', '.join(PRESETS)}). A model of the Hugging Face Hub: download it first "
+            "(hf download NAME --local-dir DIR) and give DIR."
         )
     config = _changed(config, data, tokenizer, keep_split=trained and not data)
     weights = weights_of(path)

@@ -123,6 +123,8 @@ FORMATS: dict[str, Format] = {
 }
 _ALIASES = {"e8m23": "fp32", "e8m10": "tf32", "e8m7": "bf16", "e5m10": "fp16"}
 _ALIASES |= {"e4m3fn": "e4m3", "e2m1fn": "e2m1", "e2m3fn": "e2m3", "e3m2fn": "e3m2"}
+MEANT = {"fp8": ["e4m3", "e5m2"], "fp6": ["e2m3", "e3m2"], "fp4": ["e2m1"]}
+"""Words for a size, and the formats that have it."""
 _SUFFIXES = {"": "ieee", "ieee": "ieee", "fn": "fn", "finite": "finite"}
 
 
@@ -160,7 +162,8 @@ def _unknown(name: str, why: str) -> Exception:
             f"format {name!r}: a format has no scale and no rounding. With them it is a quantizer, "
             "which halfulp.apply_quantizer takes."
         )
-    near = difflib.get_close_matches(name, [*FORMATS, *_ALIASES], n=3, cutoff=0.3) or list(FORMATS)
+    near = MEANT.get(name) or difflib.get_close_matches(name, [*FORMATS, *_ALIASES], cutoff=0.3)
+    near = near or list(FORMATS)
     return FormatError(
         f"format {name!r}: {why}. Nearest names: {', '.join(near)}. "
         "Any eXmY (for example e5m3) and intN also work; `halfulp formats` lists them."

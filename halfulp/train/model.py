@@ -37,7 +37,8 @@ def build_model(config: ModelConfig, *, vocab: int, length: int, seed: int) -> B
     if not path.exists():
         raise ConfigError(
             f"model.preset = {config.preset!r} is neither a preset nor a local path. "
-            f"{tree.nearest(config.preset, PRESETS)} Or give a Hugging Face directory."
+            f"{tree.nearest(config.preset, PRESETS)} Or give a Hugging Face directory; "
+            "a model of the Hub is downloaded first (hf download NAME --local-dir DIR)."
         )
     hf = _local_config(path, config)
     _check_fits(hf, path, vocab=vocab, length=length)

@@ -165,6 +165,13 @@ def test_a_reference_that_is_not_reproducible_cannot_be_judged():
         halfulp.check(Noisy(), IDS, formats=("bf16",), hints=HINTS, profile=False)
 
 
+def test_an_unknown_format_is_answered_before_anything_runs():
+    said: list[str] = []
+    with pytest.raises(FormatError, match="e4m3, e5m2"):
+        halfulp.check(Plain(), IDS, hints=HINTS, formats=("bf16", "fp8"), progress=said.append)
+    assert said == []
+
+
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from halfulp.errors import FormatError
+from halfulp.formats import format_quantizer
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.format import get_format
 from halfulp.numerics.quantizer import parse_quantizer
@@ -99,6 +100,13 @@ def test_apply_quantizer_reads_the_text_too():
     assert not torch.equal(apply_quantizer(x, text), x)
     with pytest.raises(FormatError, match="Grammar"):
         apply_quantizer(x, "e2m1@1x16:nvfp")
+
+
+@pytest.mark.parametrize(("word", "meant"), [("fp8", "e4m3, e5m2"), ("fp4", "e2m1")])
+def test_a_size_is_answered_with_the_formats_of_it(word, meant):
+    for read in (get_format, format_quantizer):
+        with pytest.raises(FormatError, match=rf"Nearest(?: names)?: {meant}\."):
+            read(word)
 
 
 def test_a_quantizer_is_no_format():
