@@ -67,6 +67,7 @@ def test_help_does_not_import_torch():
         (("train", "--from-step", "3"), "--from-step belongs to --resume"),
         (("train", "--resume", "a", "--lr", "1"), "no other option can be given but --from-step"),
         (("train", "--set", "lr=3"), "Write section.key=value"),
+        (("train", "--lr", "1", "--set", "train.lr=2"), "says again"),
         (("train", "--set", "train.stesp=3"), "Did you mean 'steps'"),
         (("train", "--recipe", "te_curent"), "te_current"),
         (("train", "--lr-blocks", "papr"), "Nearest: paper"),

@@ -140,6 +140,10 @@ def overrides_of(named: Mapping[str, Mapping[str, Any]], pairs: list[str]) -> di
         section, dot, key = path.strip().partition(".")
         if not (equals and dot and key):
             raise ConfigError(f"--set {pair!r} is not understood. Write section.key=value.")
+        if named.get(section, {}).get(key) is not None:
+            raise ConfigError(
+                f"--set {pair!r} says again what an option of its own has said. Give one of them."
+            )
         given.setdefault(section, {})[key] = _value(text.strip())
     return {section: flags for section, flags in given.items() if flags}
 
