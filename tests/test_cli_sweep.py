@@ -270,3 +270,9 @@ def test_rates_are_evenly_spaced_in_their_logarithm(text, count, second):
     assert len(found) == count
     assert found[1] == pytest.approx(second, rel=1e-3)
     assert found == sorted(found)
+
+
+def test_help_says_where_the_options_are(capsys):
+    code, out, _ = said(capsys, "--help")
+    assert code == 0
+    assert "halfulp sweep run --help" in out

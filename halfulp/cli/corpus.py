@@ -7,7 +7,7 @@ from halfulp.cli.corpus_sketch import merge, overlap, sketch
 
 corpus = typer.Typer(
     name="corpus",
-    help="Count the unique sequences of a corpus, its duplicates, and what more text would add.",
+    help="Count unique sequences and duplicates; forecast more text.",
     no_args_is_help=True,
 )
 for command in (stats, growth, sketch, merge, overlap):

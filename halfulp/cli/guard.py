@@ -7,7 +7,7 @@ from halfulp.cli.guard_show import explain, map_
 
 guard = typer.Typer(
     name="guard",
-    help="Try out what keeps a training run alive, and see what it has done.",
+    help="Inject faults, explain incidents, write the precision map.",
     no_args_is_help=True,
 )
 for command in (drill, explain):

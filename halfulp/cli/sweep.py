@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 sweep = typer.Typer(
     name="sweep",
-    help="Train recipe × learning rate × seed, and see how narrow the safe window gets. "
-    "`halfulp sweep run.toml …` is `halfulp sweep run run.toml …`.",
+    help="Train recipe × learning rate × seed, all paired by seed.\n\n"
+    "`halfulp sweep run.toml …` is `halfulp sweep run run.toml …`, whose options "
+    "`halfulp sweep run --help` lists.",
     cls=DefaultGroup,
     no_args_is_help=True,
 )
