@@ -124,7 +124,7 @@ def _incident(index: int, story: Story, record: Record, opened: bool) -> Markup:
         tag("span", f"step {story.step:,}"),
         tag("span", say.seen(incident)),
         tag("span", tag("b", say.judged(incident))),
-        tag("span", words.sentence(say.done(incident))),
+        tag("span", say.done(incident)),
         tag("span", say.booked(cost)),
     )
     inside = tag("div", *_evidence(incident), *_before(story), _bill(cost, record))
