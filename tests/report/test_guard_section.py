@@ -317,7 +317,7 @@ def page(guarded, thirty, tmp_path_factory) -> Path:
 
 def test_the_page_tells_every_incident_with_its_evidence(page):
     read = Page(page)
-    assert read.text.count("what was done at") == 33
+    assert page.read_text().count("<span>what was done at") == 33
     assert "No incident in te_current." in read.text
     for shown in ("spike (z loss 31.9, z log norm 11.1)", "same arithmetic", "gradient error",
                   "the first by a margin of 2×", "attribution passes", "stopped by its guard",
