@@ -32,8 +32,8 @@ class Quantized:
 
     `resolution` lists every GEMM with its recipe. Outside `halfulp train`, each forward pass of the
     model in training mode is one step of the random streams and delayed scales, unless `set_step`
-    is used: then steps end with `end_step`. Activation checkpointing repeats a rounding at the time
-    of the backward pass: let it follow its forward pass before the next one.
+    is used: then steps end with `end_step`. Where activation checkpointing would repeat a forward
+    pass after the next one, and so round otherwise, it raises ConfigError.
     """
 
     def __init__(self, model: nn.Module, seed: int, carrier: str) -> None:
@@ -90,6 +90,7 @@ class Quantized:
     def _before_forward(self, model: nn.Module, _: object) -> None:
         if not torch.compiler.is_compiling():
             self.clock.recent.forget()
+            self.clock.differentiated = None
             keep_attention(model)
         if self._manual or not (model.training and torch.is_grad_enabled()):
             return
@@ -101,9 +102,10 @@ class Quantized:
 
     def _after_forward(self, model: nn.Module, _: object, output: object) -> None:
         """The first eager forward pass with gradients shows whether a GEMM went past its site."""
-        if torch.compiler.is_compiling() or self._looked:
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.clock.enabled):
             return
-        if torch.is_grad_enabled() and self.clock.enabled:
+        self.clock.time_backward(output)
+        if not self._looked:
             self._looked = True
             refuse_bypassed(model, self.resolution, self.sites, output)
 

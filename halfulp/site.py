@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from halfulp.errors import ConfigError
 from halfulp.numerics.apply import apply_quantizer, delayed_scale
@@ -41,11 +42,34 @@ class Clock:
         self.step = self.micro = 0
         self.enabled, self.counting = True, False
         self.tensor = torch.zeros(2, dtype=torch.int32)  # the same, for traced graphs
+        self.differentiated: tuple[int, int] | None = None  # time of the pass now differentiated
         self.recent = Recent()
 
     def set(self, step: int, micro: int) -> None:
         self.step, self.micro = step, micro
         self.tensor[0], self.tensor[1] = step, micro
+
+    def time_backward(self, output: object) -> None:
+        """Let the backward pass from `output` know the time of its forward pass."""
+        time = self.step, self.micro
+
+        def differentiate(_: Tensor) -> None:
+            self.differentiated = time
+
+        for x in tree_leaves(output):
+            if isinstance(x, Tensor) and x.requires_grad:
+                x.register_hook(differentiate)
+
+    def refuse_other_time(self) -> None:
+        """ConfigError if activation checkpointing repeats a forward pass of another time."""
+        inside = torch._C._current_graph_task_id() != -1  # pyright: ignore
+        if inside and self.differentiated not in (None, (self.step, self.micro)):
+            raise ConfigError(
+                f"activation checkpointing repeats the forward pass of step, micro-batch "
+                f"{self.differentiated} after another one at {self.step, self.micro}: it would "
+                "round otherwise than it did. Call backward() after every forward pass, or run "
+                "the passes of one loss at one time: handle.set_step(step) before the first."
+            )
 
 
 class Recent:
@@ -167,6 +191,7 @@ class Site:
             return Moment(0, 0, training, False, traced=True, keys=keys)
         self.used = True
         clock = self.clock
+        clock.refuse_other_time()
         return Moment(clock.step, clock.micro, training, clock.counting, traced=False)
 
     def _shares(self, operand: str) -> bool:

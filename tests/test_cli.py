@@ -53,6 +53,14 @@ def test_every_command_has_help(capsys, command):
     assert f"{command} [OPTIONS]" in out
 
 
+def test_an_interrupt_is_no_traceback(capsys, monkeypatch):
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("halfulp.cli.app.app", interrupted)
+    assert run(capsys, "info") == (130, "", "error: interrupted\n")
+
+
 def test_help_does_not_import_torch():
     script = "import sys, halfulp.cli.app; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

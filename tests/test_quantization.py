@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import halfulp
-from halfulp.errors import FormatError, PolicyError
+from halfulp.errors import ConfigError, FormatError, PolicyError
 from halfulp.policy import Policy
 from halfulp.quantization import quantize, unquantize
 from halfulp.quantized_modules import QuantizedLinear
@@ -427,6 +427,33 @@ def test_activation_checkpointing_recomputes_the_same_rounding() -> None:
     expected, found = loss_and_gradient(plain), loss_and_gradient(recomputed)
     assert found[0] == expected[0]
     assert torch.equal(found[1], expected[1])
+
+
+def test_checkpointed_passes_of_one_loss_are_of_one_time() -> None:
+    """Repeated after the next pass a pass would draw anew; at one time it draws what it drew."""
+    gradients = []
+    for repeated in (False, True):
+        model = tiny_llama(layers=1)
+        handle = quantize(model, everywhere(STOCHASTIC))
+        if repeated:
+            layer, forward = model.model.layers[0], model.model.layers[0].forward
+            layer.forward = lambda *a, _f=forward, **k: checkpoint(_f, *a, use_reentrant=False, **k)
+        batches = tokens(), tokens().flip(0)
+
+        def loss(model=model, batches=batches) -> torch.Tensor:
+            return sum(model(input_ids=b, labels=b).loss for b in batches)
+
+        if repeated:
+            with pytest.raises(ConfigError, match=r"pass of step, micro-batch \(1, 0\) after"):
+                loss().backward()
+            model.zero_grad()
+            for batch in batches:  # one after the other
+                model(input_ids=batch, labels=batch).loss.backward()
+            model.zero_grad()
+        handle.set_step(7)
+        loss().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*gradients)
 
 
 def test_delayed_scales_follow_the_amax_of_the_steps_before() -> None:

@@ -11,7 +11,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit.
 
     Exit codes: 0 done, 2 a HalfulpError (its message goes to stderr), a wrong option, or a lack of
-    memory, disk or permission, 130 a run that was interrupted and can be resumed. `halfulp check`
+    memory, disk or permission, 130 an interrupted command (a run can be resumed). `halfulp check`
     has its own, said in its --help.
     """
     from halfulp.cli.app import app
@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except HalfulpError as error:
         _say(str(error))
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
         answer = lack(error)
         if answer is None:

@@ -193,6 +193,13 @@ def _open_run(config: TrainConfig, world: World, start: Start, finished: int, wr
 def _continue(path: Path, finished: int, written: int) -> Run:
     """The run at `path` after `finished` steps, when it had `written` events."""
     run, folder = Run.open(path), path / "checkpoints"
+    if written and not run.written:
+        saved = checkpoint.path_of(folder, finished)
+        raise RunError(
+            f"{path / 'events.jsonl'} is gone or empty; the checkpoint of step {finished} was "
+            f"written after {written} events. Put the file back, or start a new run from the "
+            f"weights: halfulp train --model {saved}"
+        )
     run.truncate(finished, kept=written)
     checkpoint.drop_after(folder, finished)
     if finished and run.written == written:  # it was killed between the checkpoint and its event

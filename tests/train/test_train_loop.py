@@ -270,6 +270,17 @@ def test_a_finished_run_is_not_lengthened_in_silence(make_config):
     assert train(config_of(path), resume=path).steps == 12
 
 
+def test_a_run_without_its_events_is_not_continued(make_config):
+    path = train(make_config(train={"checkpoint_every": 6})).path
+    (path / "summary.json").unlink()
+    events = (path / "events.jsonl").rename(path / "elsewhere")
+    with pytest.raises(RunError, match=r"events.jsonl is gone or empty.*--model .*-00000006"):
+        train(config_of(path), resume=path, from_step=6)
+    assert not (path / "events.jsonl").exists() or not (path / "events.jsonl").read_bytes()
+    events.rename(path / "events.jsonl")
+    assert train(config_of(path), resume=path, from_step=6).steps == 12
+
+
 def test_a_checkpoint_of_another_version_is_an_answer(make_config):
     path = train(make_config()).path
     file = path / "checkpoints/step-00000012/state.json"
