@@ -287,8 +287,8 @@ def refuse_partial(resolution: Resolution, allow_partial: bool) -> None:
         parts = "".join(f"\n  {r.name}: {part}" for r in partial for part in r.not_simulated)
         raise PolicyError(
             f"{', '.join(repr(r.name) for r in partial)}: the simulation does not do all that "
-            f"the recipe does. Missing:{parts}\nPass allow_partial=True to run without, or choose "
-            "another recipe."
+            f"the recipe does. Missing:{parts}\nPass allow_partial=True (halfulp train: --set "
+            "policy.allow_partial=true) to run without, or choose another recipe."
         )
 
 

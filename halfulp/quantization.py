@@ -25,6 +25,7 @@ from halfulp.quantized_modules import (
 )
 from halfulp.recipe import OPERANDS
 from halfulp.site import Clock, Site, histories
+from halfulp.stored import Stored
 
 
 class Quantized:
@@ -36,11 +37,13 @@ class Quantized:
     pass after the next one, and so round otherwise, it raises ConfigError.
     """
 
-    def __init__(self, model: nn.Module, seed: int, carrier: str) -> None:
+    def __init__(self, model: nn.Module, seed: int, carrier: str, allow_partial: bool) -> None:
         self.model, self.seed, self.carrier = model, seed, carrier
+        self.allow_partial = allow_partial
         self.clock = Clock()
         self.sites: dict[str, Site] = {}
         self.resolution: Resolution
+        self._stored: Stored | None = None
         # Names, amaxes, scales and largest values of the step that ended last.
         self._rolled: tuple[list[str], Tensor, list[Tensor], list[float]] | None = None
         self._manual = self._looked = False
@@ -71,6 +74,7 @@ class Quantized:
         detach(self.model)
         self._rolled, self._looked = None, False
         self.resolution = resolution
+        self._stored = None if self.allow_partial else Stored(resolution)
         self.sites = {
             gemm.name: before[gemm.name]
             if gemm.name in before and before[gemm.name].spec == spec
@@ -92,7 +96,11 @@ class Quantized:
             self.clock.recent.forget()
             self.clock.differentiated = None
             keep_attention(model)
-        if self._manual or not (model.training and torch.is_grad_enabled()):
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        if self._stored is not None and not torch.compiler.is_compiling():
+            self._stored.look(model)
+        if self._manual:
             return
         if torch.compiler.is_compiling():
             self.clock.tensor[0] += 1
@@ -263,18 +271,19 @@ def quantize(
     * `seed` selects the random bits of stochastic rounding.
     * `carrier`: "fp32", or "exact" for the cheapest GEMM that computes the same (numerics.gemm).
     * `hints`: block types of parameters that halfulp does not know (halfulp.blocks).
-    * `allow_partial`: run recipes of which the simulation leaves parts out.
+    * `allow_partial`: run recipes of which the simulation or the optimizer leaves parts out.
 
     Parameters, their names and the state dict do not change. Raises PolicyError when the model is
     quantized already, when a rule matches nothing or when a GEMM is undecided. The first forward
-    pass with gradients raises it for GEMMs that the model computes past the modules that round.
+    pass with gradients raises it for GEMMs that the model computes past the modules that round, the
+    first one after a step for weights that the optimizer does not store as the recipe says.
     """
     if not isinstance(model, nn.Module):
         raise PolicyError(f"quantize takes a torch module; found {type(model).__name__}.")
     if getattr(model, "halfulp", None) is not None:
         raise PolicyError("this model is quantized already. Call halfulp.unquantize(model) first.")
     resolution = resolve(model, policy, hints=hints, allow_partial=allow_partial)
-    handle = Quantized(model, seed, carrier)
+    handle = Quantized(model, seed, carrier, allow_partial)
     handle.switch(resolution)
     handle.follow()
     model.__dict__["halfulp"] = handle

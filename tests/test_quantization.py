@@ -588,3 +588,28 @@ class PlainAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.o_proj(self.v_proj(x))
+
+
+@pytest.mark.parametrize("optimizer", ["torch", "halfulp"])
+def test_weights_that_no_optimizer_stores_are_an_error(optimizer: str) -> None:
+    results = []
+    for allowed in (False, True):
+        model = tiny_llama(layers=1)
+        handle = quantize(model, "bf16_pure_sr", allow_partial=allowed)
+        groups = halfulp.param_groups(model, handle.resolution)
+        made = halfulp.AdamW(groups) if optimizer == "halfulp" else None
+        update = made or torch.optim.AdamW(model.parameters())
+        for _ in range(2):  # two micro-batches
+            model(input_ids=tokens(), labels=tokens()).loss.backward()
+        update.step()
+        try:
+            loss_and_gradient(model)
+            results.append("")
+        except PolicyError as error:
+            results.append(str(error))
+    assert results[1] == ""
+    if optimizer == "halfulp":
+        assert results[0] == ""
+    else:
+        assert "'bf16_pure_sr' stores weights as bf16, and the optimizer has left" in results[0]
+        assert "allow_partial=True" in results[0]
