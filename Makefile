@@ -8,9 +8,9 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 demo: .venv/ready
 	$(BIN)/halfulp demo
 
-# Two workers of one thread each: threads that wait for a core would spin.
+# Workers of one thread each: threads that wait for a core would spin. Three, for tests wait too.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow

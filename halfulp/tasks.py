@@ -364,6 +364,8 @@ def _check_port(address: str) -> None:
 def _connect(ray: Any, address: str) -> None:
     try:
         _check_port(address)
+        # "auto" may find a cluster that has just died: Ray would try it 20 times for 30 seconds.
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
         ray.init(address=address, log_to_driver=False, logging_level="warning")
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
