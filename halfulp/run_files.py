@@ -78,7 +78,8 @@ def _check_replaceable(path: Path, names: Set[str], *, force: bool, own: Set[str
             f"{path} is not deleted by force: it holds {', '.join(foreign[:5])}, which no run "
             "writes. Move those files or give another name."
         )
-    if not names & {"events.jsonl", "environment.json"} or path.is_symlink():
+    begun = {name.removesuffix(".part") for name in names} & {"events.jsonl", "environment.json"}
+    if not (begun or (path / "writer.lock").exists()) or path.is_symlink():
         holds = f"no run, but holds {', '.join(sorted(names)[:5])}"
         raise RunError(
             f"{path} is not deleted by force: it is {'a link' if path.is_symlink() else holds}. "

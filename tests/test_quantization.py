@@ -504,7 +504,9 @@ def test_counters_name_what_happened_where() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("recipe", ["te_current", "fp4_all", "te_delayed"])
+@pytest.mark.parametrize(
+    "recipe", ["te_current", "fp4_all", pytest.param("te_delayed", marks=pytest.mark.slow)]
+)
 def test_a_traced_graph_computes_the_same(recipe: str) -> None:
     """Eager and traced agree in the loss to the bit; gradients up to the order of fp32 sums."""
     torch._dynamo.reset()

@@ -377,6 +377,19 @@ def test_reader_beside_a_writer_never_sees_half_a_line(run):
     assert len(steps(run)) == 400
 
 
+def test_what_a_process_leaves_that_is_killed_as_it_begins_may_be_replaced(tmp_path):
+    path = tmp_path / "run"
+    create(path).close()
+    for name in ("environment.json", "events.jsonl"):
+        (path / name).unlink(missing_ok=True)
+    assert (path / "config.toml").exists()
+    with pytest.raises(RunError, match=r"no run, but holds config\.toml"):
+        create(path, force=True)
+    (path / "writer.lock").write_text("0 gone")
+    create(path, force=True).close()
+    assert (path / "environment.json").exists()
+
+
 @pytest.mark.parametrize("left", ["config.toml.part", "summary.json.part", "writer.lock.123"])
 def test_what_a_killed_process_leaves_does_not_block_the_directory(tmp_path, left):
     """It may be killed between the writing of a file and its renaming."""

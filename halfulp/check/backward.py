@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from halfulp.attention import has_attention_interface
 from halfulp.blocks import Gemm
-from halfulp.errors import CheckError, PolicyError
+from halfulp.errors import CheckError
 from halfulp.formats import format_quantizer
 from halfulp.numerics.apply import apply_quantizer
 from halfulp.numerics.hadamard import hadamard
@@ -149,14 +150,14 @@ def _attach(handle: Quantized, watch: "_Watch", attention: bool) -> dict[str, st
     skipped = {}
     spec = load_recipe("fp32").gemms["linear"]
     for gemm, *_ in handle.resolution.gemms:
-        if gemm.role.startswith("attn") and not attention:
+        product, module = gemm.role.startswith("attn"), handle.model.get_submodule(gemm.module)
+        if product and not attention:
             continue
-        site = _Observer(gemm.name, gemm.block, spec, 0, handle.clock, watch=watch)
-        try:
-            attach(handle.model, gemm.module, gemm.role, site)
-        except PolicyError:
+        if product and not has_attention_interface(handle.model, module):
             skipped[gemm.name] = "its module does not use transformers' attention interface"
             continue
+        site = _Observer(gemm.name, gemm.block, spec, 0, handle.clock, watch=watch)
+        attach(handle.model, gemm.module, gemm.role, site)
         watch.gemms.append(gemm)
     return skipped
 

@@ -149,6 +149,7 @@ def test_a_wrong_list_of_sites_shows():
 # A9: flips.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flips_of_six_thousand_tokens(family):
     toy = trained(family)

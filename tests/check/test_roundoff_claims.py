@@ -16,6 +16,7 @@ from reproduce.toy import untrained
 IDS = torch.randint(0, 257, (2, 48), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 def test_claims_about_random_decoders_norms_and_softmax():
     results = list(roundoff.claims(count=400))
     assert len(results) == 6

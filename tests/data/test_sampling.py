@@ -99,12 +99,12 @@ def test_stdlib_gives_the_same_batches_in_every_process(tmp_path):
             text=True,
             check=True,
         ).stdout.split()
-        for cache, seed in (("one", "1"), ("two", "2"), ("one", "3"))
+        for cache, seed in (("one", "1"), ("two", "2"))
     ]
     data = open_data(DataConfig(), tmp_path / "one")
     batch = data.batch("train", 123, rows=4, length=128, seed=3)
     own = ["257", data.digest, hashlib.sha256(batch.numpy().tobytes()).hexdigest()]
-    assert found == [own] * 3
+    assert found == [own] * 2
     said = data.describe()
     assert said["documents"] > 300
     assert said["tokens"] == said["train_tokens"] + said["val_tokens"]

@@ -183,7 +183,7 @@ def test_a_quantized_model_is_forecast_as_if_it_were_not():
     for a, b in zip(quantized.rows(), plain.rows(), strict=True):
         assert a.measured == pytest.approx(b.measured, abs=1e-6)
         assert a.predicted == pytest.approx(b.predicted, rel=1e-3, abs=1e-7)
-    assert any("own precision" in note for note in quantized.notes)
+    assert any("without the quantizers" in note for note in quantized.notes)
 
 
 def test_lowest_format_within_the_budget():

@@ -51,6 +51,7 @@ def drawn(rng: np.random.Generator) -> Drawn:
     return Drawn(losses_RLS=np.stack([best, best + 0.5], axis=1))
 
 
+@pytest.mark.slow
 def test_five_equal_recipes_are_misjudged_together_at_most_one_time_in_twenty():
     """Every pass and every fail is an error here: no gap is below or above the bar.
 
