@@ -1,7 +1,7 @@
 # One virtual environment, one test command. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test slow reproduce reproduce-all benchmarks lint types clean
 
@@ -9,8 +9,9 @@ demo: .venv/ready
 	$(BIN)/halfulp demo
 
 # Workers of one thread each: threads that wait for a core would spin. Three, for tests wait too.
+# Hundreds of processes import the package: compiled once, whatever the environment says.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
@@ -37,10 +38,10 @@ types: .venv/ready
 clean:
 	rm -rf .venv build dist *.egg-info
 
-# An older pip resolves for minutes; Python compiles what is imported, a tenth of what is installed.
+# An older pip resolves for minutes.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "halfulp needs Python 3.11 or newer: make PYTHON=python3.11 …"'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --upgrade pip
-	$(INSTALL) --no-compile -e '.[data,track,dev]'
+	$(INSTALL) -e '.[data,track,dev]'
 	touch $@
