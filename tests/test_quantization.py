@@ -604,6 +604,9 @@ def test_weights_that_no_optimizer_stores_are_an_error(optimizer: str) -> None:
         for _ in range(2):  # two micro-batches
             model(input_ids=tokens(), labels=tokens()).loss.backward()
         update.step()
+        if made:  # damage to one weight is for the guard to find
+            with torch.no_grad():
+                model.model.norm.weight.mul_(1.001)
         try:
             loss_and_gradient(model)
             results.append("")
