@@ -20,7 +20,7 @@ slow: .venv/ready
 reproduce: .venv/ready
 	$(BIN)/python -m reproduce stochastic_rounding bit_reduction roundoff roundoff_models
 
-# Every claim: two hours.
+# Every claim: about two hours, by the minutes in reproduce/RESULTS.md and its training runs.
 reproduce-all: .venv/ready
 	$(BIN)/python -m reproduce
 	$(BIN)/python -m pytest -n 2 -m slow tests/check
